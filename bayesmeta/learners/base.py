@@ -1,0 +1,105 @@
+"""What every learner is: an inference strategy for φ on a `HierarchicalModel`. Training and evaluation know only this file."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..episodes import Episode, Points
+from ..model import HierarchicalModel
+from ..posteriors import TaskPosterior
+
+
+class AbstractAdapter(nn.Module, ABC):
+    """Infers φ from a support set under the model's θ as it stands; it learns nothing."""
+
+    model: HierarchicalModel
+
+    def __init__(self, model: HierarchicalModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
+        """q(φ_i | S_i, θ) of all tasks in ``support`` at once.
+
+        Randomness comes from ``generator`` alone (see `bayesmeta.randomness.rng`); nothing outside is changed. Raises
+        ValueError naming task and argument where a real point of ``support`` is not finite.
+        """
+
+    def materialise(self, data: Points | Episode) -> None:
+        """Makes every parameter whose shape follows from the program, from the first data seen. Once."""
+        self.model.materialise(data)
+        for module in self.modules():
+            if isinstance(module, LazyParameter):
+                module.build(self.model)
+
+    def prepared(self, points: Points, role: str = "support") -> Points:
+        """``points`` checked, in the model's dtype and device, with nothing but real values in them.
+
+        A support set that is empty in every task needs no y.
+        """
+        points.check(role)
+        if points.y is None and points.mask.any():
+            raise ValueError(f"{role}.y: expected targets, got None")
+        self.materialise(points)
+        return self.model.prepare(points)
+
+
+class AbstractMetaLearner(AbstractAdapter):
+    """An adapter whose θ is learned: it states a loss for each task, and `bayesmeta.meta_train` moves θ."""
+
+    @abstractmethod
+    def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
+        """The objective for θ, one value a task, ``(T,)``; its mean over tasks is minimised.
+
+        In a loop of your own give a ``generator``: without one the noise is the same at every call.
+        """
+
+    def global_loss(self) -> Tensor:
+        """What θ adds once, not per task: −log p(θ), or KL(q(θ) ‖ p(θ)) where θ is variational; ``()``."""
+        return self.model.global_loss()
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the objective depends on, found by following its graph on made-up data; the others stay put."""
+        points = self.model.made_up_points(2, 4)
+        self.materialise(points)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            loss = self.meta_loss(Episode(points, points)).sum() + self.global_loss()
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [p for p, g in zip(parameters, grads, strict=True) if g is not None]
+
+
+class LazyParameter(nn.Module):
+    """A learned tensor whose shape follows from the program: ``make(model)`` gives its first value once the program is read."""
+
+    def __init__(self, make: Callable[[HierarchicalModel], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+        self.register_parameter("value", None)
+
+    def build(self, model: HierarchicalModel) -> None:
+        """Makes the parameter, once."""
+        if self.value is None:
+            self.value = nn.Parameter(self.make(model).detach().clone())
+
+
+def checked_steps(name: str, value: int, *, least: int = 0) -> int:
+    """``value`` where it is a whole number of at least ``least``, else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def checked_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` where it is one of ``choices``, else ValueError with the nearest."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+    return str(value)

@@ -1,0 +1,534 @@
+"""`HierarchicalModel`: any Pyro program p(θ) ∏_i p(φ_i | θ) ∏_j p(y_ij | x_ij, φ_i), with φ packed for inference."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from .episodes import Episode, Points
+from .handlers import Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, site_normal
+from .networks import AbstractNetwork, NormalPrior
+from .packing import log_det, peel
+from .posteriors import with_points_axis
+from .randomness import rng
+from .survey import ModelError, Survey, made_up, read
+
+THETA_KINDS = ("map", "variational", "nuts")
+
+
+class HierarchicalModel(nn.Module):
+    """A Pyro program seen as a hierarchical model; θ is the parameters of this module.
+
+    ``program(points)`` is any function or `PyroModule` with a plate ``"tasks"`` and an observed site ``"y"``; the rules
+    are in `bayesmeta.survey`. Task-level sites are φ, packed as unconstrained reals ``(*S, T, D)`` in site order.
+    ``pyro.param`` statements and global ``pyro.sample`` sites are θ. ``example`` is data to read the program with; without
+    it the first data that any call sees are used, and until then `dim` and θ are unknown.
+
+    ``theta`` says how global sample sites are held: ``"map"`` (a point, trained with log p(θ)), ``"variational"`` (a diagonal
+    Normal over their unconstrained values) or ``"nuts"`` (draws, set by `bayesmeta.sample_theta`).
+
+    Raises ModelError where the program breaks a rule, ValueError for an unknown ``theta``.
+    """
+
+    def __init__(self, program: Callable[[Points], Any], example: Points | Episode | None = None, *, theta: str = "map") -> None:
+        super().__init__()
+        if theta not in THETA_KINDS:
+            raise ValueError(f"theta: expected one of {', '.join(map(repr, THETA_KINDS))}, got {theta!r}")
+        self.program = program
+        self.theta_kind = theta
+        self.params = nn.ParameterDict()
+        self._constraints: dict[str, Any] = {}
+        self._sites: list[Site] | None = None
+        self._theta_sites: list[Site] = []
+        self._plates = 1
+        self._normal_prior = False
+        self._row: Points | None = None  # made-up data: what statements without data are run on
+        self._theta_now: Tensor | None = None
+        self.gradient_evaluations = 0.0
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows the device and dtype that .to() asked for
+        self._default_dtype = torch.get_default_dtype()
+        if example is not None:
+            self.materialise(example)
+
+    @classmethod
+    def from_network(
+        cls, network: AbstractNetwork, likelihood: nn.Module, prior: NormalPrior | None = None,
+        *, example: Points | Episode | None = None,
+    ) -> HierarchicalModel:
+        """A network's φ under a learned Normal prior: p(φ | θ) = N(μ_θ, diag σ_θ²), y ~ likelihood(network(φ, x)).
+
+        ``network``: one of `bayesmeta.networks`. ``likelihood``: one of `bayesmeta.likelihoods`. ``prior``: a `NormalPrior`
+        to set the initial scale or a hyperprior; by default it starts at the network's own initial weights.
+        """
+        return cls(NetworkProgram(network, likelihood, prior or NormalPrior.of(network)), example)
+
+    # --- the program and its parameters
+
+    def forward(self, data: Points | Episode) -> Any:
+        """Runs the program, for `SVI`, `NUTS`, `Predictive` and autoguides; an Episode is observed as S ∪ Q."""
+        points = self.prepare(data)
+        with pyro.settings.context(module_local_params=True), Program(self._parameter, points):
+            if isinstance(self.program, nn.Module) and not isinstance(self.program, PyroModule):
+                for name, parameter in self.program.named_parameters():  # a PyroModule announces its own
+                    announce(name, parameter)
+            return self.program(points)
+
+    def prepare(self, data: Points | Episode) -> Points:
+        """Points with the model's dtype and device and only real values in them; reads the program if need be.
+
+        ``data``: Points, or an Episode taken as S ∪ Q. Floating-point tensors take the model's dtype.
+        """
+        points = data.union() if isinstance(data, Episode) else data
+        self.materialise(points)
+        return points.to(device=self._anchor.device, dtype=self._anchor.dtype).filled()
+
+    def materialise(self, data: Points | Episode) -> None:
+        """Reads the program on made-up copies of the first real point of ``data``, and makes θ's parameters. Once.
+
+        Raises ModelError where the program breaks a rule; the model is then as it was before.
+        """
+        if self._sites is not None:
+            return
+        points = data.union() if isinstance(data, Episode) else data
+        points.check()
+        if points.y is None or not points.mask.any():
+            raise ModelError(
+                "the first data that a model sees must have a real point and its y, got none; "
+                "give HierarchicalModel(program, example=points)"
+            )
+        first = next(self.parameters(), None)
+        if first is not None:
+            self._anchor = first.detach().new_zeros(())
+        elif self._anchor.dtype == self._default_dtype and points.x.is_floating_point():
+            self._anchor = self._anchor.to(points.x.dtype)  # a plain function's θ takes the dtype of the data
+        task, point = points.mask.nonzero()[0].tolist()
+        here = (slice(task, task + 1), slice(point, point + 1))
+        row = Points(points.x[here], points.y[here], points.mask[here]).to(device=self._anchor.device, dtype=self._anchor.dtype)
+        sizes = ((2, 4), (3, 5))
+        try:
+            small, large = (self._survey(made_up(row, *size)) for size in sizes)
+            self._sites, self._theta_sites, self._plates = read(small, large, sizes)
+            self._row = made_up(row, *sizes[0])
+            self._make_theta()
+            self._check_draws()
+            self._normal_prior = self._has_normal_prior() and not small.has_factors
+        except BaseException:
+            self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
+            raise
+
+    def _parameter(self, name: str, args: tuple[Any, ...], constraint: Any) -> Tensor:
+        """Answers the statement ``pyro.param(name, *args, constraint=)`` from ``params``; makes it when the program is first read."""
+        key = name.replace(".", "__")
+        if key not in self.params:
+            if self._sites is not None:
+                raise ModelError(f"pyro.param('{name}') was not there when the program was first run: parameters must not depend on the data")
+            if not args:
+                raise ModelError(f"pyro.param('{name}') has no initial value: write pyro.param('{name}', tensor)")
+            if isinstance(args[0], nn.Parameter):
+                raise ModelError(
+                    f"'{name}' is the parameter of a module that the function only refers to, so a copy of the model could not own it: "
+                    "write the program as a PyroModule that holds the module"
+                )
+            self.params[key] = self._new_parameter(name, args[0], constraint)
+        leaf = self.params[key]
+        value = transform_to(constraint)(leaf)
+        return attach_leaf(value, leaf)
+
+    def _new_parameter(self, name: str, init: Any, constraint: Any) -> nn.Parameter:
+        with torch.no_grad():
+            value = torch.as_tensor(init() if callable(init) else init).detach()
+            value = value.to(device=self._anchor.device, dtype=self._anchor.dtype)
+            if not constraint.check(value).all():
+                raise ModelError(f"pyro.param('{name}'): the initial value {value.tolist()} does not satisfy {constraint}")
+            return nn.Parameter(transform_to(constraint).inv(value).clone())
+
+    # --- reading the program, once
+
+    def _survey(self, points: Points) -> Survey:
+        survey = Survey(self._parameter)
+        try:
+            with torch.no_grad(), poutine.block(), pyro.settings.context(module_local_params=True), survey:
+                self.program(points)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the program failed on {points.num_tasks} tasks of {points.num_points} points, x of shape {tuple(points.x.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return survey
+
+    def _check_draws(self) -> None:
+        assert self._row is not None
+        hint = "index from the right: `level[..., None] + effect[..., None] * points.x[..., 0]`"
+        tasks, points = self._row.mask.shape
+        try:
+            with torch.no_grad():
+                target = self._run(Packed(self._anchor.new_zeros(2, tasks, self.dim)), self._row).target
+        except Exception as error:
+            raise ModelError(f"the program does not broadcast over draws in front of the tasks axis ({error}); {hint}") from error
+        assert target is not None
+        got = tuple(target.point().batch_shape)
+        if got not in ((2, tasks, points), (tasks, points)):
+            raise ModelError(f"with 2 draws of φ the distribution of y has batch shape {got}, expected {(2, tasks, points)}; {hint}")
+
+    def _make_theta(self) -> None:
+        if not self._theta_sites:
+            return
+        assert self._row is not None
+        moments = Moments()
+        with torch.no_grad():
+            self._run(Packed(self._anchor.new_zeros(self._row.num_tasks, self.dim)), self._row, moments)
+        self.theta_loc = nn.Parameter(torch.cat(moments.means).clone())
+        if self.theta_kind == "variational":
+            self.theta_log_scale = nn.Parameter(torch.full_like(self.theta_loc, 0.1).log())
+        if self.theta_kind == "nuts":
+            self.register_buffer("theta_draws", self.theta_loc.detach()[None].clone())
+
+    def _has_normal_prior(self) -> bool:
+        """Whether every task-level site is an unconstrained Normal that does not look at another one."""
+        assert self._row is not None
+        phi = self._anchor.new_zeros(self._row.num_tasks, self.dim, requires_grad=True)
+        packed, seen = Packed(phi), []
+
+        def fill(fn: Any, transform: Any, part: Any) -> tuple[Tensor, Tensor]:
+            seen.append(peel(fn)[0])
+            return packed(fn, transform, part)
+
+        with torch.enable_grad():
+            self._run(fill, self._row)
+            return all(isinstance(fn, dist.Normal) and not _reaches(fn.loc, phi) and not _reaches(fn.scale, phi) for fn in seen)
+
+    # --- θ
+
+    @property
+    def dim(self) -> int:
+        """``D``, how many unconstrained reals a task's parameters take."""
+        return sum(site.size for site in self.sites)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The task-level sites, in packing order."""
+        if self._sites is None:
+            raise RuntimeError(
+                "this model has not seen data yet, so its parameters are unknown: give HierarchicalModel(program, example=points), "
+                "or call model.materialise(points)"
+            )
+        return self._sites
+
+    @property
+    def theta_sites(self) -> list[Site]:
+        """The global sample sites, in packing order."""
+        self.sites  # noqa: B018 - raises before the program is read
+        return self._theta_sites
+
+    @contextmanager
+    def theta_at(self, theta: Tensor | None) -> Iterator[None]:
+        """Inside, the global sample sites stand at ``theta`` ``(G,)``, packed; None leaves them where they are."""
+        before = self._theta_now
+        self._theta_now = before if theta is None else theta
+        try:
+            yield
+        finally:
+            self._theta_now = before
+
+    def draw_theta(self, generator: torch.Generator | None = None) -> Tensor | None:
+        """A draw ``(G,)`` of θ's posterior, packed: variational (differentiable) or NUTS; None where θ is a point."""
+        if not self.theta_sites or self.theta_kind == "map":
+            return None
+        with rng(generator):
+            return self._draw_theta()
+
+    def _draw_theta(self) -> Tensor | None:
+        if not self.theta_sites or self.theta_kind == "map":
+            return None
+        if self.theta_kind == "nuts":
+            return self.theta_draws[torch.randint(len(self.theta_draws), ())]
+        noise = [torch.randn(site.shape, dtype=self._anchor.dtype, device=self._anchor.device).flatten() for site in self._theta_sites]
+        return self.theta_loc + self.theta_log_scale.exp() * torch.cat(noise)
+
+    def theta(self) -> dict[str, Tensor]:
+        """The global sample sites' constrained values where they stand: the point, the centre of q(θ), or the draw inside `theta_at`."""
+        return self._hyper_run().theta_values
+
+    def log_hyperprior(self) -> Tensor:
+        """log p(θ) of the global sample sites, and of global ``pyro.factor`` statements, where θ stands; ``()``, 0 without any.
+
+        A density of the constrained values, as `pyro.infer.autoguide.AutoDelta` has it.
+        """
+        return torch.as_tensor(self._hyper_run(Packed(self._theta_values(), jacobian=False)).hyper, dtype=self._anchor.dtype)
+
+    def global_loss(self) -> Tensor:
+        """What θ adds to a training loss, once: −log p(θ) for a point, KL(q(θ) ‖ p(θ)) where θ is variational; ``()``."""
+        return -torch.as_tensor(self._hyper_run().hyper, dtype=self._anchor.dtype)
+
+    def _theta_values(self) -> Tensor:
+        if self._theta_now is not None:
+            return self._theta_now
+        if not self._theta_sites:
+            return self._anchor.new_zeros(0)
+        return self.theta_draws.mean(0) if self.theta_kind == "nuts" else self.theta_loc
+
+    def _default_theta(self) -> Fill:
+        values = self._theta_values()
+        if self.theta_kind == "variational" and self._theta_sites:
+            return MeanField(values, self.theta_loc, self.theta_log_scale.exp())
+        return Packed(values, jacobian=False)
+
+    def _hyper_run(self, theta: Fill | None = None) -> Run:
+        row = self.made_up_points(2, 1)
+        return self._run(Packed(self._anchor.new_zeros(row.num_tasks, self.dim)), row, theta)
+
+    # --- φ
+
+    def pack(self, sites: dict[str, Tensor]) -> Tensor:
+        """Constrained task-level sites, each ``(*S, T, *event)``, packed to ``(*S, T, D)``."""
+        missing = {site.name for site in self.sites} ^ set(sites)
+        if missing:
+            raise ValueError(f"expected exactly the sites {[site.name for site in self.sites]}, got {sorted(sites)}")
+        first = self.sites[0]
+        tasks = sites[first.name].shape[sites[first.name].dim() - len(first.event_shape) - 1]
+        condition = Condition(sites)
+        self._run(condition, self.made_up_points(tasks, 1))
+        return torch.cat(condition.packed, -1)
+
+    def unpack(self, phi: Tensor) -> dict[str, Tensor]:
+        """``(*S, T, D)`` unpacked to constrained task-level sites by name, each ``(*S, T, *event)``."""
+        return self._run(Packed(self._checked(phi)), self.made_up_points(phi.shape[-2], 1)).values
+
+    def prior(self, points: Points | Episode) -> Any:
+        """p(φ | θ) of the tasks in ``points`` as a distribution in packed space, batch ``(T,)``, event ``(D,)``.
+
+        An independent Normal where the program's task-level sites are Normal and do not look at each other, else a
+        distribution whose log density runs the program.
+        """
+        points = self.prepare(points)
+        mean, sd = self.prior_moments(points)
+        return dist.Normal(mean, sd).to_event(1) if self._normal_prior else ProgramPrior(self, points, mean, sd)
+
+    def prior_moments(self, points: Points | Episode) -> tuple[Tensor, Tensor]:
+        """Mean and sd of p(φ | θ) in packed space, each ``(T, D)``, differentiable in θ.
+
+        A site that depends on earlier ones is taken at their means. See `bayesmeta.packing.packed_moments`.
+        """
+        moments = Moments()
+        self._run(moments, self.prepare(points))
+        return torch.cat(moments.means, -1), torch.cat(moments.sds, -1)
+
+    def initial(self, points: Points | Episode) -> Tensor:
+        """The prior's mean in packed space, ``(T, D)``, differentiable in θ: where gradient-based learners start."""
+        return self.prior_moments(points)[0]
+
+    def log_joint(self, phi: Tensor, points: Points | Episode) -> Tensor:
+        """log p(y, φ | θ) of each task, Jacobian of the packing included: ``(*S, T, D)`` to ``(*S, T)``."""
+        prior, likelihood = self.log_parts(phi, points)
+        return prior + likelihood
+
+    def log_prior(self, phi: Tensor, points: Points | Episode) -> Tensor:
+        """log p(φ | θ) of each task in packed space, Jacobian included: ``(*S, T, D)`` to ``(*S, T)``."""
+        return self.log_parts(phi, points)[0]
+
+    def log_likelihood(self, phi: Tensor, points: Points | Episode) -> Tensor:
+        """log p(y | φ, θ) of each task, summed over its real points: ``(*S, T, D)`` to ``(*S, T)``."""
+        return self.log_parts(phi, points)[1]
+
+    def log_parts(self, phi: Tensor, points: Points | Episode) -> tuple[Tensor, Tensor]:
+        """log p(φ | θ) and log p(y | φ, θ), each ``(*S, T)``, in one run of the program."""
+        return self._parts(self._run(Packed(self._checked(phi)), self.prepare(points)), phi)
+
+    def mean_field_parts(self, phi: Tensor, mean: Tensor, sd: Tensor, points: Points | Episode) -> tuple[Tensor, Tensor]:
+        """For draws ``phi (*S, T, D)`` of q = N(mean, sd²) per task: −KL(q ‖ p(φ | θ)) and log p(y | φ, θ), each ``(*S, T)``.
+
+        The KL is analytic site by site where Pyro knows it, else taken at the draw (as `TraceMeanField_ELBO` has it).
+        """
+        return self._parts(self._run(MeanField(self._checked(phi), mean, sd), self.prepare(points)), phi)
+
+    def predict(self, phi: Tensor, x: Tensor) -> Any:
+        """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``."""
+        x = torch.as_tensor(x)
+        x = x.to(device=self._anchor.device, dtype=self._anchor.dtype if x.is_floating_point() else x.dtype)
+        if x.dim() < 2 or x.shape[0] != phi.shape[-2]:
+            raise ValueError(f"x: expected shape (T, N, *I) with T = {phi.shape[-2]} tasks, got {tuple(x.shape)}")
+        points = Points(x, None, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        try:
+            target = self._run(Packed(self._checked(phi)), points).target
+        except AttributeError as error:
+            raise ModelError(f"the program must run without targets (points.y is None) to predict: {error}") from error
+        assert target is not None
+        fn = target.point()
+        batch = phi.shape[:-1] + x.shape[1:2]
+        return fn if fn.batch_shape == batch else fn.expand(batch)
+
+    # --- Pyro's door
+
+    def sample_theta_sites(self) -> Tensor | None:
+        """Inside a guide: samples the global sites from q(θ) (a Delta where θ is a point); returns the draw ``(G,)``."""
+        if not self.theta_sites:
+            return None
+        kinds: dict[str, tuple[Any, Any]] = {}
+        values = self._theta_values()
+        with poutine.block():
+            self._hyper_run(_remember(kinds, Packed(values, jacobian=False)))
+        packed, start = [], 0
+        for site in self.theta_sites:
+            fn, transform = kinds[site.name]
+            where = slice(start, start := start + site.size)
+            if self.theta_kind == "variational":
+                loc, sd = (v[where].reshape(site.shape) for v in (self.theta_loc, self.theta_log_scale.exp()))
+                guide = site_normal(loc, sd, transform, fn)
+                guide = guide.to_event(len(site.event_shape) - len(guide.event_shape))
+            else:
+                value = transform(values[where].reshape(site.shape))
+                guide = dist.Delta(value, event_dim=value.dim())
+            packed.append(transform.inv(pyro.sample(site.name, guide)).flatten())
+        return torch.cat(packed)
+
+    def sample_task_sites(self, posterior: Any, points: Points) -> None:
+        """Inside a guide: samples the task-level sites from ``posterior``, batch ``(T,)``, event ``(D,)`` in packed space.
+
+        A diagonal Normal becomes one statement a site, so that Pyro finds its analytic KLs. Anything else is one auxiliary
+        site ``_phi`` and a Delta a site that carries the Jacobian, as Pyro's own autoguides do.
+        """
+        kinds: dict[str, tuple[Any, Any]] = {}
+        with poutine.block():
+            self._run(_remember(kinds, Packed(posterior.mean)), points)
+        base, axes, _ = peel(posterior)
+        normal = isinstance(base, dist.Normal) and axes == 1
+        with pyro.plate("tasks", points.num_tasks, dim=-self._plates):
+            if not normal:
+                phi = pyro.sample("_phi", with_points_axis(posterior) if self._plates == 2 else posterior, infer={"is_auxiliary": True})
+            start = 0
+            for site in self.sites:
+                fn, transform = kinds[site.name]
+                where = slice(start, start := start + site.size)
+                shape = (points.num_tasks, *(1,) * (self._plates - 1), *site.shape)
+                if normal:
+                    loc, sd = (v[:, where].reshape(shape) for v in (base.loc, base.scale))
+                    pyro.sample(site.name, site_normal(loc, sd, transform, fn))
+                else:
+                    u = phi[..., where].reshape(phi.shape[:-1] + site.shape)
+                    value = transform(u)
+                    density = -log_det(transform, u, value, phi.dim() - 1)
+                    pyro.sample(site.name, dist.Delta(value, log_density=density, event_dim=len(site.event_shape)))
+
+    def noise(self, tasks: int) -> Tensor:
+        """Standard normal noise ``(T, D)`` from torch's global stream, drawn site by site as `sample_task_sites` does."""
+        like = {"dtype": self._anchor.dtype, "device": self._anchor.device}
+        return torch.cat([torch.randn(tasks, *site.shape, **like).reshape(tasks, -1) for site in self.sites], -1)
+
+    # --- running the program
+
+    def _run(self, phi: Fill, points: Points, theta: Fill | None = None) -> Run:
+        run = Run(self._parameter, points, self._plates, self.sites, phi, self._theta_sites, theta or self._default_theta())
+        with poutine.block(), pyro.settings.context(module_local_params=True), run:
+            self.program(points)
+        return run
+
+    def _parts(self, run: Run, phi: Tensor) -> tuple[Tensor, Tensor]:
+        if phi.requires_grad and torch.is_grad_enabled():
+            self.gradient_evaluations += phi[..., 0].numel() / phi.shape[-2]
+        return tuple(torch.as_tensor(v).expand(phi.shape[:-1]) for v in (run.prior, run.likelihood))  # type: ignore[return-value]
+
+    def _checked(self, phi: Tensor) -> Tensor:
+        if phi.dim() < 2 or phi.shape[-1] != self.dim:
+            raise ValueError(f"phi: expected shape (*S, T, D) with D = {self.dim}, got {tuple(phi.shape)}")
+        return phi
+
+    def made_up_points(self, tasks: int, points: int) -> Points:
+        """``tasks`` equal tasks of ``points`` equal points, made of the first point the model has seen: for what needs no data."""
+        self.sites  # noqa: B018 - raises before the program is read
+        assert self._row is not None
+        return made_up(self._row.to(device=self._anchor.device, dtype=self._anchor.dtype), tasks, points)
+
+
+class ProgramPrior(dist.TorchDistribution):
+    """p(φ | θ) of a program in packed space, batch ``(T,)``, event ``(D,)``: its log density and its draws run the program."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, model: HierarchicalModel, points: Points, mean: Tensor, sd: Tensor) -> None:
+        self.model, self.points = model, points
+        self._mean, self._sd = mean, sd
+        super().__init__(mean.shape[:1], mean.shape[1:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(T, D)``, as `HierarchicalModel.initial`."""
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """``(T, D)``."""
+        return self._sd**2
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws ``(*sample_shape, T, D)``, site after site."""
+        with torch.no_grad():
+            ancestral = Ancestral(torch.Size(sample_shape))
+            self.model._run(ancestral, self.points)
+            return torch.cat(ancestral.packed, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``(*S, T, D)`` to ``(*S, T)``, the Jacobian of the packing included."""
+        return self.model.log_prior(value, self.points)
+
+
+class NetworkProgram(nn.Module):
+    """The Pyro program of a network: φ ~ N(μ_θ, σ_θ²) for each task, y ~ likelihood(network(φ, x)) for each point."""
+
+    def __init__(self, network: AbstractNetwork, likelihood: nn.Module, prior: NormalPrior) -> None:
+        super().__init__()
+        self.network, self.likelihood, self.prior = network, likelihood, prior
+
+    def forward(self, points: Points) -> None:
+        """Runs the program on ``points``; a trailing axis of one in y is dropped."""
+        x, y = points.x, points.y
+        if y is not None and y.dim() == 3 and y.shape[-1] == 1:
+            y = y[..., 0]
+        log_exposure = None
+        if getattr(self.likelihood, "exposure", False):
+            x, log_exposure = x[..., :-1], x[..., -1]
+        if self.prior.hyperprior is not None:
+            pyro.factor("log_hyperprior", self.prior.log_hyperprior())
+        with pyro.plate("tasks", points.num_tasks):
+            phi = pyro.sample("phi", dist.Normal(self.prior.loc, self.prior.scale).to_event(1))
+            output = self.network(phi, x)
+            y_given_output = self.likelihood(output) if log_exposure is None else self.likelihood(output, log_exposure)
+            pyro.sample("y", y_given_output.mask(points.mask).to_event(1), obs=y)
+
+
+def announce(name: str, parameter: nn.Parameter) -> None:
+    """Tells Pyro's handlers of a module's parameter, as a ``pyro.param`` statement would; the global store stays empty."""
+    value = attach_leaf(parameter, parameter)
+    effectful(lambda *_, **__: value, type="param")(name, name=name)
+
+
+def attach_leaf(value: Tensor, leaf: Tensor) -> Tensor:
+    """``value`` with the attribute by which Pyro's optimisers find the unconstrained ``leaf`` behind it."""
+    value = value.view(value.shape) if value is leaf else value
+    value.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+    return value
+
+
+def _remember(kinds: dict[str, tuple[Any, Any]], fill: Fill) -> Fill:
+    def remember(fn: Any, transform: Any, part: Any) -> tuple[Tensor, Any]:
+        kinds[part.site.name] = (fn, transform)
+        return fill(fn, transform, part)
+
+    return remember
+
+
+def _reaches(value: Tensor, leaf: Tensor) -> bool:
+    return value.requires_grad and torch.autograd.grad(value.sum(), leaf, allow_unused=True, retain_graph=True)[0] is not None

@@ -1,0 +1,161 @@
+"""Networks with one signature, ``network(phi, x)``: which of a module's numbers are a task's own φ, and which are θ's."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+
+class AbstractNetwork(nn.Module, ABC):
+    """A function of task parameters and inputs: ``phi (*S, T, D)``, ``x (T, N, *I)`` to outputs ``(*S, T, N, *O)``.
+
+    Parameters that this module holds are θ's (shared by all tasks); φ is handed in.
+    """
+
+    dim: int
+
+    @abstractmethod
+    def initial(self) -> Tensor:
+        """Where φ starts, ``(D,)``."""
+
+    @abstractmethod
+    def initial_scale(self) -> Tensor:
+        """A sensible prior sd for each entry of φ at the start, ``(D,)``."""
+
+    @abstractmethod
+    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+        """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
+
+
+class WeightNetwork(AbstractNetwork):
+    """φ is all the weights of ``module``, any `nn.Module` that maps ``(N, *I)`` to ``(N, *O)`` deterministically.
+
+    The module's own weights are where φ starts; it is called functionally and never changed. Raises ValueError for a
+    module without parameters, or with dropout or batch-norm running statistics (whose result would depend on the
+    order of calls).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        _check_deterministic(module)
+        parameters = dict(module.named_parameters())
+        if not parameters:
+            raise ValueError(f"WeightNetwork: {type(module).__name__} has no parameters to adapt")
+        self._names = list(parameters)
+        self._shapes = [p.shape for p in parameters.values()]
+        self._sizes = [p.numel() for p in parameters.values()]
+        self.dim = sum(self._sizes)
+        # The module is called with weights handed in; its own must not show up as θ.
+        self._module = [module.requires_grad_(False)]
+        self.register_buffer("_initial", torch.cat([p.detach().flatten() for p in parameters.values()]))
+
+    def initial(self) -> Tensor:
+        """The module's own weights, ``(D,)``."""
+        return self._initial
+
+    def initial_scale(self) -> Tensor:
+        """A tenth of each weight tensor's root mean square at the start (0.01 for a tensor of zeros), ``(D,)``.
+
+        Small against the weights themselves, so that draws from the prior still look like the network it starts at.
+        """
+        parts = self._initial.split(self._sizes)
+        return torch.cat([torch.full_like(p, 0.1 * float(p.square().mean().sqrt()) or 0.01) for p in parts])
+
+    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+        """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
+        run = vmap(self._one)
+        for _ in phi.shape[:-2]:
+            run = vmap(run, in_dims=(0, None))
+        return run(phi, x)
+
+    def _one(self, phi: Tensor, x: Tensor) -> Tensor:
+        weights = {n: v.view(s) for n, v, s in zip(self._names, phi.split(self._sizes), self._shapes, strict=True)}
+        return functional_call(self._module[0], weights, (x,))
+
+
+class HeadNetwork(AbstractNetwork):
+    """φ is a linear last layer on features that all tasks share: output = features(x) Wᵀ + b (ANIL, last-layer Bayes).
+
+    ``features``: an `nn.Module` mapping ``(N, *I)`` to ``(N, F)``, whose weights are θ's. ``num_features``: F.
+    ``num_outputs``: O.
+    """
+
+    def __init__(self, features: nn.Module, num_features: int, num_outputs: int, *, bias: bool = True) -> None:
+        super().__init__()
+        _check_deterministic(features)
+        self.features = features
+        self.num_features, self.num_outputs, self.bias = num_features, num_outputs, bias
+        self.dim = num_outputs * (num_features + bias)
+
+    def initial(self) -> Tensor:
+        """Zeros, ``(D,)``: no output is preferred before a task is seen."""
+        return torch.zeros(self.dim)
+
+    def initial_scale(self) -> Tensor:
+        """1/√F, so that outputs have unit scale for features of unit scale, ``(D,)``."""
+        return torch.full((self.dim,), 1.0 / math.sqrt(self.num_features))
+
+    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+        """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, O)``."""
+        features = self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if features.shape[-1] != self.num_features:
+            raise ValueError(f"HeadNetwork: features put out {features.shape[-1]} numbers a point, expected num_features={self.num_features}")
+        weight, bias = phi.split([self.num_outputs * self.num_features, self.num_outputs * self.bias], -1)
+        out = features @ weight.unflatten(-1, (self.num_outputs, self.num_features)).mT
+        return out + bias[..., None, :] if self.bias else out
+
+
+class NormalPrior(nn.Module):
+    """p(φ | θ) = N(loc, diag scale²), both learned: θ = (μ_θ, σ_θ).
+
+    ``loc``, ``initial_scale``: where they start, ``(D,)`` (the scale may be a number). ``learn_scale``: False fixes σ_θ.
+    ``hyperprior``: None, or (a, b) for log p(θ) = Σ log N(μ_θ; 0, 1) + Σ log Gamma(1/σ_θ²; a, b), the form of Ravi &
+    Beatson (2019).
+    """
+
+    def __init__(
+        self, loc: Tensor, initial_scale: Tensor | float, *, learn_scale: bool = True, hyperprior: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        scale = torch.as_tensor(initial_scale, dtype=loc.dtype).expand(loc.shape)
+        if not bool((scale > 0).all()):
+            raise ValueError("NormalPrior: initial_scale must be positive")
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.log_scale = nn.Parameter(scale.log().clone(), requires_grad=learn_scale)
+        self.hyperprior = hyperprior
+
+    @classmethod
+    def of(
+        cls, network: AbstractNetwork, initial_scale: Tensor | float | None = None, *, learn_scale: bool = True,
+        hyperprior: tuple[float, float] | None = None,
+    ) -> NormalPrior:
+        """The prior that starts at the network's own initial weights and, by default, its own initial scale."""
+        scale = network.initial_scale() if initial_scale is None else initial_scale
+        return cls(network.initial(), scale, learn_scale=learn_scale, hyperprior=hyperprior)
+
+    @property
+    def scale(self) -> Tensor:
+        """σ_θ, ``(D,)``."""
+        return self.log_scale.exp()
+
+    def log_hyperprior(self) -> Tensor:
+        """log p(θ), ``()``; raises where there is none."""
+        if self.hyperprior is None:
+            raise ValueError("this prior has no hyperprior")
+        a, b = self.hyperprior
+        normal = torch.distributions.Normal(self.loc.new_zeros(()), 1.0).log_prob(self.loc)
+        gamma = torch.distributions.Gamma(self.loc.new_tensor(a), b).log_prob((-2 * self.log_scale).exp())
+        return normal.sum() + gamma.sum()
+
+
+def _check_deterministic(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        kind = type(part).__name__
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            raise ValueError(f"module '{name}' is {kind}: a network must be deterministic given φ; leave dropout out")
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
+            raise ValueError(f"module '{name}' is {kind} with running statistics: use GroupNorm or LayerNorm, or track_running_stats=False")
