@@ -1,0 +1,47 @@
+"""bayesmeta: one hierarchical Bayesian model, every meta-learner an inference strategy on it, calibration side by side.
+
+A model is a Pyro program with a ``tasks`` plate and an observed site ``y`` (`HierarchicalModel`), or a network
+(`HierarchicalModel.from_network`). Learners (`bayesmeta.learners`) infer its task parameters; `meta_train` learns θ;
+`evaluate` scores them on the same held-out tasks.
+"""
+
+__version__ = "0.1.0"
+
+from . import learners, likelihoods, metrics, networks, plots, tasks
+from .checkpoints import CheckpointError
+from .comparison import compare
+from .episodes import Episode, Points
+from .evaluation import evaluate
+from .learners.base import AbstractAdapter, AbstractMetaLearner
+from .model import HierarchicalModel
+from .posteriors import Particles, Predictive, TaskPosterior
+from .report import Report
+from .survey import ModelError
+from .tasks import TaskFamily
+from .training import History, TrainingError, meta_train
+
+__all__ = [
+    "AbstractAdapter",
+    "AbstractMetaLearner",
+    "CheckpointError",
+    "Episode",
+    "HierarchicalModel",
+    "History",
+    "ModelError",
+    "Particles",
+    "Points",
+    "Predictive",
+    "Report",
+    "TaskFamily",
+    "TaskPosterior",
+    "TrainingError",
+    "compare",
+    "evaluate",
+    "learners",
+    "likelihoods",
+    "meta_train",
+    "metrics",
+    "networks",
+    "plots",
+    "tasks",
+]

@@ -87,6 +87,10 @@ class TaskPosterior:
         """Mean in packed space, ``(T, D)``."""
         return self.distribution.mean
 
+    def select(self, tasks: list[int]) -> TaskPosterior:
+        """The posterior of the chosen tasks, in that order."""
+        return TaskPosterior(self.model, _select(self.distribution, torch.as_tensor(tasks)), self.diagnostics)
+
     def draws(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """``(S, T, D)`` draws in packed space.
 
@@ -306,6 +310,19 @@ def cdf(fn: Any, y: Tensor) -> Tensor:
     if isinstance(fn, dist.NegativeBinomial):
         return _negative_binomial_cdf(y, fn)
     return fn.cdf(y)
+
+
+def _select(q: Any, tasks: Tensor) -> Any:
+    if isinstance(q, Particles):
+        return Particles(q.values[:, tasks], chains=q.chains)
+    if isinstance(q, dist.MultivariateNormal):
+        return dist.MultivariateNormal(q.loc[tasks], scale_tril=q.scale_tril[tasks])
+    if isinstance(q, dist.Delta):
+        return delta(q.v[tasks])
+    base, axes, _ = peel(q)
+    if isinstance(base, dist.Normal) and axes == 1:
+        return dist.Normal(base.loc[tasks], base.scale[tasks]).to_event(1)
+    raise TypeError(f"expected a Delta, Normal, MultivariateNormal or Particles, got {type(q).__name__}")
 
 
 def with_points_axis(q: Any) -> Any:

@@ -41,8 +41,14 @@ class NUTS(AbstractAdapter):
         self.chains, self.per_task, self.target_accept = checked_steps("chains", chains, least=1), per_task, target_accept
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
-        """Particles ``(chains · num_draws, T, D)``, chain after chain, with diagnostics."""
+        """Particles ``(chains · num_draws, T, D)``, chain after chain, with diagnostics.
+
+        Where no task has a support point the posterior is the prior, and its draws are independent.
+        """
         support = self.prepared(support)
+        if not support.mask.any():
+            with rng(generator):
+                return TaskPosterior(self.model, Particles(self.model.prior(support).sample((self.chains * self.num_draws,)).detach()))
         groups = [support.select([i]) for i in range(support.num_tasks)] if self.per_task else [support]
         with rng(generator):
             runs = [[self._chain(group) for _ in range(self.chains)] for group in groups]

@@ -51,30 +51,30 @@ def _row(column: Tensor, phi: Tensor, create_graph: bool) -> Tensor:
     return torch.zeros_like(phi) if row is None else row
 
 
-def newton(loss: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, tolerance: float = 1e-9) -> tuple[Tensor, Tensor]:
+def newton(loss: Callable[[Tensor], Tensor], start: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     """Minimises ``loss: (T, D) -> (T,)`` by Newton steps with a pseudo-inverse, halved until the loss falls.
 
     A direction without curvature is not moved, so from ``start`` a quadratic is solved in one step by the minimum of least
-    distance to ``start``. Returns φ ``(T, D)`` and the Hessian there. Negative curvature is taken by its size.
+    distance to ``start``. A task stops where the fall that is promised drowns in rounding. Returns φ ``(T, D)`` and the Hessian
+    there. Negative curvature is taken by its size.
     """
     phi = start.detach()
     value, gradient, hessian = derivatives(loss, phi)
     for _ in range(steps):
         step = -(pseudo_inverse(hessian) @ gradient[..., None])[..., 0]
-        scale = torch.ones_like(value)
+        promised = -(gradient * step).sum(-1) / 2
+        going = promised > 8 * torch.finfo(phi.dtype).eps * (1 + value.abs())
+        if not bool(going.any()):
+            break
+        scale = going.to(phi.dtype)
         for _ in range(20):
             with torch.no_grad():
-                trial = loss(phi + scale[:, None] * step)
-            worse = ~(trial <= value)
+                worse = going & ~(loss(phi + scale[:, None] * step) <= value)
             if not bool(worse.any()):
                 break
             scale = torch.where(worse, scale / 2, scale)
-        scale = torch.where(worse, torch.zeros_like(scale), scale)
-        move = scale[:, None] * step
-        phi = phi + move
+        phi = phi + torch.where(worse, 0.0, scale)[:, None] * step
         value, gradient, hessian = derivatives(loss, phi)
-        if bool((move.abs() <= tolerance * (1 + phi.abs())).all()):
-            break
     return phi, hessian
 
 

@@ -1,0 +1,5 @@
+"""``python -m bayesmeta``."""
+
+from .cli import main
+
+raise SystemExit(main())

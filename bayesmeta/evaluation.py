@@ -1,0 +1,235 @@
+"""`evaluate`: the same held-out tasks for every adapter, and what each of them knew and did not know."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from . import __version__
+from .episodes import Episode, Points
+from .learners.base import AbstractAdapter
+from .metrics import accuracy, brier, crps, interval_coverage, interval_width, randomized_pit, rmse, task_mean
+from .posteriors import Predictive, TaskPosterior
+from .report import Bands, Curves, LearnerResult, Report
+from .tasks.base import TaskFamily
+
+DEFAULT_TASKS = 1_000
+GRID_POINTS = 100
+FEW_VALUES = 6  # a feature with at most so many distinct values is drawn at just those
+CRPS_SAMPLES = 200
+EXAMPLE_DRAWS = 20
+Units = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def evaluate(
+    adapters: AbstractAdapter | Mapping[str, AbstractAdapter], family: TaskFamily | Episode, *, num_tasks: int | None = None,
+    num_draws: int = 100, seed: int = 0, examples: int = 3, title: str = "Held-out tasks", target: str | None = None,
+    feature: str | None = None, notes: tuple[str, ...] = (), histories: Mapping[str, Any] | None = None,
+) -> Report:
+    """Adapts every adapter to the same support sets, and scores its predictive on the same query sets.
+
+    ``family``: held-out tasks; a finite family gives each of its tasks once, an endless one 1,000 unless ``num_tasks`` says otherwise,
+    drawn by ``seed``. ``num_draws``: draws of φ in each predictive (a Delta takes one). The predictive of a point is the average
+    over draws; NLL is −log of it, in nats a point. ``examples``: how many tasks are kept for pictures, from the smallest support
+    set to the largest. ``target``, ``feature``: names for axes. ``histories``: `History` of each learner, for its loss curve.
+
+    Numbers and pictures are in the family's original units (``family.target_scale``, ``family.scaling``).
+    Raises ValueError for no adapters, TypeError for what is not an adapter.
+    """
+    named = {type(adapters).__name__: adapters} if isinstance(adapters, AbstractAdapter) else dict(adapters)
+    if not named:
+        raise ValueError("adapters: expected at least one, got none")
+    for name, adapter in named.items():
+        if not isinstance(adapter, AbstractAdapter):
+            raise TypeError(f"adapters[{name!r}]: expected a learner, got {type(adapter).__name__}")
+    episode = held_out_episode(family, num_tasks, seed)
+    scale = float(getattr(family, "target_scale", 1.0))
+    units = _units(family)
+    shown = _examples(episode, examples)
+    names = _task_names(family, episode)
+    results = {
+        name: _result(adapter, episode, shown, names, num_draws=num_draws, seed=seed, scale=scale, units=units)
+        for name, adapter in named.items()
+    }
+    return Report(
+        results=results, support_sizes=episode.support.counts.numpy(), query_sizes=episode.query.counts.numpy(), task_names=tuple(names),
+        title=title, target=target or str(getattr(family, "target_name", "y")), feature=feature or _feature(family), seed=seed, notes=notes,
+        environment=environment(), histories={k: v.as_arrays() for k, v in (histories or {}).items()},
+    )  # fmt: skip
+
+
+def held_out_episode(family: TaskFamily | Episode, num_tasks: int | None, seed: int) -> Episode:
+    """The episode that ``seed`` fixes: every task of a finite family in order, or ``num_tasks`` (default 1,000) of them at random."""
+    if isinstance(family, Episode):
+        return family if num_tasks is None else family.select(slice(0, num_tasks))
+    generator = torch.Generator().manual_seed(seed)
+    total = getattr(family, "num_tasks", None)
+    if hasattr(family, "episodes") and total is not None and (num_tasks or DEFAULT_TASKS) >= total:
+        return family.episodes(generator=generator)
+    wanted = num_tasks or DEFAULT_TASKS
+    return family.sample(wanted if total is None else min(wanted, total), generator=generator)
+
+
+def environment() -> dict[str, str]:
+    """Versions, threads and machine: what a number needs beside it to be repeated."""
+    return {
+        "bayesmeta": __version__, "python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__,
+        "numpy": np.__version__, "threads": str(torch.get_num_threads()), "machine": f"{platform.system()} {platform.machine()}",
+    }  # fmt: skip
+
+
+def _result(
+    adapter: AbstractAdapter, episode: Episode, shown: list[int], names: list[str], *, num_draws: int, seed: int, scale: float, units: Units
+) -> LearnerResult:
+    query = adapter.prepared(episode.query, "query")
+    generator = torch.Generator().manual_seed(seed)
+    model = adapter.model
+    before = model.gradient_evaluations
+    start = time.perf_counter()
+    posterior = adapter.adapt(episode.support, generator=generator)
+    predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator)
+    seconds = time.perf_counter() - start
+    gradients = model.gradient_evaluations - before
+    with torch.no_grad():
+        scores, arrays = _scores(predictive, query, generator, scale)
+        sites = _site_means(posterior, num_draws, generator)
+    return LearnerResult(
+        metrics={k: v.cpu().numpy() for k, v in scores.items()}, **arrays, seconds=seconds, gradient_evaluations=gradients,
+        sites={k: v.cpu().numpy() for k, v in sites.items()}, bands=_bands(adapter, posterior, episode, shown, names, num_draws, seed, units),
+        diagnostics=posterior.diagnostics, settings=_settings(adapter),
+    )  # fmt: skip
+
+
+def _scores(p: Predictive, query: Points, generator: torch.Generator, scale: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    y, mask = query.y, query.mask
+    assert y is not None
+    y = y[..., 0] if y.dim() == 3 and y.shape[-1] == 1 else y
+    nll = task_mean(-p.log_prob(y), mask)
+    if p.is_classification:
+        probs = p.probs
+        labels = y.long()
+        scores = {"nll": nll, "accuracy": accuracy(probs, labels, mask), "brier": brier(probs, labels, mask)}
+        return scores, {"probs": probs.cpu().numpy(), "labels": torch.where(mask, labels, -1).cpu().numpy()}
+    if y.dim() > 2:  # several outputs: only what needs no marginals
+        return {"nll": nll}, {}
+    scores = {"nll": nll + (0.0 if p.is_discrete else float(np.log(scale))), "rmse": scale * rmse(p.mean, y, mask)}
+    scores["crps"] = scale * task_mean(crps(p.sample(CRPS_SAMPLES, generator=generator), y), mask)
+    for level in (50, 90):
+        lower, upper = p.interval(level / 100)
+        scores[f"coverage{level}"] = interval_coverage(lower, upper, y, mask)
+        scores[f"width{level}"] = scale * interval_width(lower, upper, mask)
+    u = torch.rand(y.shape, generator=generator).to(y) if p.is_discrete else torch.ones_like(y)
+    pit = randomized_pit(p.cdf_below(y), p.cdf(y), u)
+    return scores, {"pit": torch.where(mask, pit, torch.nan).cpu().numpy()}
+
+
+def _site_means(posterior: TaskPosterior, num_draws: int, generator: torch.Generator) -> dict[str, Tensor]:
+    sites = posterior.sites(None if posterior.is_point else num_draws, generator=generator)
+    return {name: value.mean(0) for name, value in sites.items() if value.dim() == 2}
+
+
+def _settings(adapter: AbstractAdapter) -> dict[str, Any]:
+    return {k: v for k, v in vars(adapter).items() if not k.startswith("_") and k != "training" and isinstance(v, int | float | str | bool)}
+
+
+# --- what the pictures need
+
+
+def _examples(episode: Episode, wanted: int) -> list[int]:
+    """Tasks with a support and a query point, spread evenly from the smallest support set to the largest."""
+    usable = (episode.support.counts > 0) & (episode.query.counts > 0)
+    order = [int(i) for i in episode.support.counts.argsort(stable=True) if usable[i]]
+    if len(order) <= wanted:
+        return order
+    return [order[int(i)] for i in torch.linspace(0, len(order) - 1, wanted).round()]
+
+
+def _bands(
+    adapter: AbstractAdapter, posterior: TaskPosterior, episode: Episode, shown: list[int], names: list[str], num_draws: int, seed: int,
+    units: Units,
+) -> tuple[Bands, ...]:
+    y = episode.query.y
+    if not shown or episode.support.x.dim() != 3 or y is None or (y.dim() > 2 and y.shape[-1] != 1):
+        return ()
+    grids = [_grid(episode, task) for task in shown]
+    inputs = torch.stack([_inputs(episode, task, grid) for task, grid in zip(shown, grids, strict=True)])
+    support = episode.support.select(shown)
+    empty = Points(support.x, support.y, torch.zeros_like(support.mask))
+    before = _curves(adapter.adapt(empty, generator=_seeded(seed)), inputs, num_draws, seed)
+    after = _curves(posterior.select(shown), inputs, num_draws, seed)
+    if before is None or after is None:
+        return ()
+    x_units, y_units = units
+    bands = []
+    for i, task in enumerate(shown):
+        sets = []
+        for points in episode:
+            real = points.mask[task]
+            assert points.y is not None
+            sets += [x_units(points.x[task, real, 0]).numpy(), y_units(points.y[task, real].flatten()).numpy()]
+        curves = [_one(c, i, grids[i], units) for c in (before, after)]
+        bands.append(Bands(
+            task=task, name=names[task], before=curves[0], after=curves[1], support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3]
+        ))  # fmt: skip
+    return tuple(bands)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _curves(posterior: TaskPosterior, x: Tensor, num_draws: int, seed: int) -> dict[str, Tensor] | None:
+    p = posterior.predict(x, None if posterior.is_point else num_draws, generator=_seeded(seed))
+    if p.is_classification or len(p.components.event_shape):
+        return None
+    with torch.no_grad():
+        (low50, high50), (low90, high90) = p.interval(0.5), p.interval(0.9)
+        draws = p.components.mean[:EXAMPLE_DRAWS]
+    return {"mean": p.mean, "lower50": low50, "upper50": high50, "lower90": low90, "upper90": high90, "draws": draws}
+
+
+def _one(curves: dict[str, Tensor], i: int, grid: Tensor, units: Units) -> Curves:
+    arrays = {k: units[1]((v[:, i] if k == "draws" else v[i])[..., : len(grid)].cpu()).numpy() for k, v in curves.items()}
+    return Curves(grid=units[0](grid).numpy(), **arrays)
+
+
+def _units(family: TaskFamily | Episode) -> Units:
+    """From the model's units back to the family's own, for the first feature and the target."""
+    scaling = getattr(family, "scaling", None)
+    if scaling is None:
+        return (lambda x: x), (lambda y: y)
+    return (lambda x: x * scaling.x.sd[0] + scaling.x.mean[0]), scaling.y.inverse
+
+
+def _grid(episode: Episode, task: int) -> Tensor:
+    every = torch.cat([p.x[..., 0][p.mask] for p in episode])
+    distinct = every.unique()
+    if len(distinct) <= FEW_VALUES:
+        return distinct
+    return torch.linspace(float(every.min()), float(every.max()), GRID_POINTS)
+
+
+def _inputs(episode: Episode, task: int, grid: Tensor) -> Tensor:
+    """The grid in the first feature, with the task's own means in the others, ``(G, F)``."""
+    own = torch.cat([p.x[task][p.mask[task]] for p in episode]).mean(0)
+    x = own.expand(len(grid), -1).clone()
+    x[:, 0] = grid
+    return x
+
+
+def _task_names(family: TaskFamily | Episode, episode: Episode) -> list[str]:
+    if hasattr(family, "task_names") and getattr(family, "num_tasks", None) == episode.num_tasks:
+        return [str(name) for name in family.task_names()]
+    return [f"task {i}" for i in range(episode.num_tasks)]
+
+
+def _feature(family: TaskFamily | Episode) -> str:
+    features = getattr(family, "feature_names", None)
+    return str(features[0]) if features else "x"

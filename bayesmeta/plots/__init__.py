@@ -1,0 +1,43 @@
+"""Pictures of an evaluation: plain arrays in, matplotlib axes out; nothing is ever shown or left in pyplot."""
+
+from bayesmeta.plots.bands import bands_grid, bands_key, predictive_bands
+from bayesmeta.plots.calibration import (
+    Coverage,
+    Heights,
+    calibration_curve,
+    calibration_grid,
+    coverage,
+    pit_grid,
+    pit_heights,
+    pit_histogram,
+)
+from bayesmeta.plots.confidence import Reliability, reliability, reliability_diagram, reliability_grid
+from bayesmeta.plots.intervals import metric_intervals
+from bayesmeta.plots.shrinkage import shrinkage
+from bayesmeta.plots.style import Look, looks, new_figure
+from bayesmeta.plots.training import loss_curve, running_median
+
+__all__ = [
+    "Coverage",
+    "Heights",
+    "Look",
+    "Reliability",
+    "bands_grid",
+    "bands_key",
+    "calibration_curve",
+    "calibration_grid",
+    "coverage",
+    "looks",
+    "loss_curve",
+    "metric_intervals",
+    "new_figure",
+    "pit_grid",
+    "pit_heights",
+    "pit_histogram",
+    "predictive_bands",
+    "reliability",
+    "reliability_diagram",
+    "reliability_grid",
+    "running_median",
+    "shrinkage",
+]

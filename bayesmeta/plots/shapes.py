@@ -1,0 +1,46 @@
+"""The shapes of data that the pictures of predictives read: whatever has these names will do."""
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bayesmeta.plots.style import Array
+
+
+class CurvesLike(Protocol):
+    """A predictive on a grid, (G,) each, draws (S, G): `bayesmeta.report.Curves`, or anything with these names."""
+
+    @property
+    def grid(self) -> Array: ...
+    @property
+    def mean(self) -> Array: ...
+    @property
+    def lower50(self) -> Array: ...
+    @property
+    def upper50(self) -> Array: ...
+    @property
+    def lower90(self) -> Array: ...
+    @property
+    def upper90(self) -> Array: ...
+    @property
+    def draws(self) -> Array: ...
+
+
+class BandsLike(Protocol):
+    """One task before and after: `bayesmeta.report.Bands`, or anything with these names; points (n,) and (m,)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def before(self) -> CurvesLike: ...
+    @property
+    def after(self) -> CurvesLike: ...
+    @property
+    def support_x(self) -> Array: ...
+    @property
+    def support_y(self) -> Array: ...
+    @property
+    def query_x(self) -> Array: ...
+    @property
+    def query_y(self) -> Array: ...

@@ -1,0 +1,36 @@
+"""What tables, pictures and files read of a `Report`: its fields and no method, so that no import is circular."""
+# ruff: noqa: D102
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from bayesmeta.report.results import Array, LearnerResult
+
+
+class Evidence(Protocol):
+    """What the functions of this folder read of a `Report`: its fields, and none of its methods."""
+
+    @property
+    def results(self) -> Mapping[str, LearnerResult]: ...
+    @property
+    def support_sizes(self) -> Array: ...
+    @property
+    def query_sizes(self) -> Array: ...
+    @property
+    def task_names(self) -> tuple[str, ...]: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def feature(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+    @property
+    def histories(self) -> Mapping[str, Mapping[str, Array]]: ...

@@ -1,0 +1,248 @@
+"""One training loop for all meta-learners: `meta_train` moves θ by the mean of the tasks' losses."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from .episodes import Episode
+from .learners.base import AbstractAdapter, AbstractMetaLearner
+from .metrics import task_mean
+from .tasks.base import TaskFamily
+
+ALL_TASKS_UP_TO = 100
+TASKS_PER_STEP = 25
+
+
+class TrainingError(ArithmeticError):
+    """A loss or gradient is not finite; parameters are at their last finite value. The message names step and task."""
+
+
+@dataclass
+class History:
+    """What training recorded.
+
+    ``loss``: of each step, mean over its tasks with θ's share. ``validation_step``, ``validation``: held-out predictive NLL in nats a
+    point. ``seconds``: wall time. ``stopped_early``; ``best_step``: whose parameters were kept (None without validation).
+    ``skipped``: how many task losses were left out for not being finite.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    validation_step: list[int] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped_early: bool = False
+    best_step: int | None = None
+    skipped: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken."""
+        return len(self.loss)
+
+    def as_arrays(self) -> dict[str, np.ndarray]:
+        """``step``, ``loss``, ``validation_step``, ``validation`` as arrays."""
+        return {
+            "step": np.arange(1, self.steps + 1), "loss": np.asarray(self.loss),
+            "validation_step": np.asarray(self.validation_step), "validation": np.asarray(self.validation),
+        }
+
+    def plot(self, ax: Any = None) -> Any:
+        """The loss curve, with validation where there is any; returns the matplotlib Axes."""
+        from .plots import loss_curve  # matplotlib is slow to import, and training does without it
+
+        a = self.as_arrays()
+        validation = {"validation_step": a["validation_step"], "validation": a["validation"]} if self.validation else {}
+        return loss_curve(a["step"], a["loss"], ax=ax, **validation)
+
+
+def meta_train(
+    learner: AbstractMetaLearner, family: TaskFamily | Episode, *, steps: int, tasks_per_step: int | None = None,
+    generator: torch.Generator | None = None, optimizer: Callable[[list[Any]], torch.optim.Optimizer] | None = None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None, clip: float | None = None, num_tasks: int | None = None,
+    validation: TaskFamily | Episode | None = None, validate_every: int = 100, patience: int | None = None, validation_tasks: int = 100,
+    bad_tasks: str = "raise", checkpoint: str | os.PathLike[str] | None = None, checkpoint_every: int = 500, resume: bool = False,
+    device: str | torch.device | None = None, progress: bool | None = None,
+) -> History:
+    """Minimises mean over tasks of ``meta_loss`` + ``global_loss()`` / number of training tasks, over ``trained_parameters()``.
+
+    Data: ``tasks_per_step`` tasks are sampled each step (default: all of a finite family of up to 100, else 25); an Episode is one fixed
+    batch. ``num_tasks``: how many tasks an endless family stands for; needed only where θ has a hyperprior. ``generator``: all
+    randomness (default: seed 0).
+
+    Optimisation: ``optimizer`` and ``schedule`` are factories, ``lambda params: torch.optim.Adam(params, 1e-3)`` being the default;
+    ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss that is not finite out of a step, and counts them.
+
+    Validation: every ``validate_every`` steps the predictive NLL on a fixed set of tasks of ``validation``; after ``patience`` of
+    them without a new best training stops. The best parameters are kept.
+
+    ``checkpoint``: a file, written whole every ``checkpoint_every`` steps and at the end; ``resume=True`` goes on from it where it
+    exists, bit for bit as if never interrupted. ``progress``: a bar with loss and rate (default: on a terminal only).
+
+    Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
+    for arguments that make no sense.
+    """
+    if not isinstance(learner, AbstractMetaLearner):
+        raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
+    if steps < 0 or validate_every < 1 or checkpoint_every < 1:
+        raise ValueError(f"expected steps >= 0 and *_every >= 1, got {steps}, {validate_every}, {checkpoint_every}")
+    if bad_tasks not in ("raise", "skip"):
+        raise ValueError(f"bad_tasks: expected 'raise' or 'skip', got {bad_tasks!r}")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if device is not None:
+        learner.to(device)
+    batch, total = _batches(family, tasks_per_step)
+    before = generator.get_state()
+    learner.materialise(batch(generator))
+    generator.set_state(before)
+    parameters = learner.trained_parameters()
+    if not parameters:
+        raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
+    total = _number_of_tasks(learner, total, num_tasks)
+    adam: Callable[[list[Any]], torch.optim.Optimizer] = lambda p: torch.optim.Adam(p, 1e-3)  # noqa: E731
+    optimiser = (optimizer or adam)(parameters)
+    run = _Run(learner, parameters, optimiser, schedule(optimiser) if schedule else None, generator)
+    if resume and checkpoint is not None and os.path.exists(checkpoint):
+        run.load(checkpoint)
+    held_out = None if validation is None else _held_out(validation, validation_tasks)
+    start = time.monotonic() - run.history.seconds
+    bar = tqdm(total=steps, initial=run.history.steps, disable=not (sys.stderr.isatty() if progress is None else progress), unit="step")
+    try:
+        while run.history.steps < steps and not run.history.stopped_early:
+            loss = run.step(batch(generator), total, clip, bad_tasks)
+            step = run.history.steps
+            run.history.seconds = time.monotonic() - start
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if held_out is not None and (step % validate_every == 0 or step == steps):
+                run.validate(held_out, patience)
+            if checkpoint is not None and (step % checkpoint_every == 0 or step == steps or run.history.stopped_early):
+                run.save(checkpoint)
+    finally:
+        bar.close()
+    run.keep_best()
+    return run.history
+
+
+def predictive_nll(adapter: AbstractAdapter, episode: Episode, *, num_draws: int = 100, generator: torch.Generator | None = None) -> Tensor:
+    """Mean −log predictive density of each task's query points, ``(T,)``, in nats a point; NaN for a task without any."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    query = adapter.prepared(episode.query, "query")
+    posterior = adapter.adapt(episode.support, generator=generator)
+    predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator)
+    return task_mean(-predictive.log_prob(query.y), query.mask)
+
+
+@dataclass
+class _Run:
+    """The state of a run: what a checkpoint holds."""
+
+    learner: AbstractMetaLearner
+    parameters: list[Any]
+    optimiser: torch.optim.Optimizer
+    scheduler: Any
+    generator: torch.Generator
+    history: History = field(default_factory=History)
+    best: list[Tensor] | None = None
+    since_best: int = 0
+
+    def step(self, episode: Episode, total: int, clip: float | None, bad_tasks: str) -> float:
+        where = f"step {self.history.steps + 1}"
+        model = self.learner.model
+        with model.theta_at(model.draw_theta(self.generator)):
+            losses = self.learner.meta_loss(episode, generator=self.generator)
+            bad = ~losses.detach().isfinite()
+            if bool(bad.any()):
+                if bad_tasks == "raise" or bool(bad.all()):
+                    task = int(bad.nonzero()[0])
+                    raise TrainingError(
+                        f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); parameters are at "
+                        "their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
+                    )
+                self.history.skipped += int(bad.sum())
+                losses = losses[~bad]
+            loss = losses.mean() + self.learner.global_loss() / total
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward(inputs=self.parameters)
+        norm = clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
+        if not (bool(loss.isfinite()) and bool(norm.isfinite())):
+            raise TrainingError(f"{where}: the loss is {loss.item()}, the gradient's norm {norm.item()}; parameters are at their last finite value")
+        self.optimiser.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.history.loss.append(loss.item())
+        return loss.item()
+
+    def validate(self, episode: Episode, patience: int | None) -> None:
+        value = float(predictive_nll(self.learner, episode).nanmean())
+        best = min(self.history.validation, default=float("inf"))
+        self.history.validation_step.append(self.history.steps)
+        self.history.validation.append(value)
+        if value < best:
+            self.best, self.since_best = [p.detach().clone() for p in self.parameters], 0
+            self.history.best_step = self.history.steps
+        else:
+            self.since_best += 1
+        self.history.stopped_early = patience is not None and self.since_best >= patience
+
+    def keep_best(self) -> None:
+        if self.best is not None:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, self.best, strict=True):
+                    parameter.copy_(value)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        save_checkpoint(path, {
+            "learner": type(self.learner).__name__, "parameters": self.learner.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(), "generator": self.generator.get_state(),
+            "history": vars(self.history), "best": self.best, "since_best": self.since_best,
+        })  # fmt: skip
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        state = load_checkpoint(path)
+        if state["learner"] != type(self.learner).__name__:
+            raise CheckpointError(f"{path}: of a {state['learner']}, expected a {type(self.learner).__name__}")
+        try:
+            self.learner.load_state_dict(state["parameters"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: of another model or optimiser ({str(error).splitlines()[0]})") from error
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        self.history, self.best, self.since_best = History(**state["history"]), state["best"], state["since_best"]
+
+
+def _batches(family: TaskFamily | Episode, tasks_per_step: int | None) -> tuple[Callable[[torch.Generator], Episode], int | None]:
+    if isinstance(family, Episode):
+        family.check()
+        return (lambda generator: family), family.num_tasks
+    total: int | None = getattr(family, "num_tasks", None)
+    size = tasks_per_step or (total if total is not None and total <= ALL_TASKS_UP_TO else TASKS_PER_STEP)
+    return (lambda generator: family.sample(size, generator=generator)), total
+
+
+def _number_of_tasks(learner: AbstractMetaLearner, total: int | None, num_tasks: int | None) -> int:
+    number = num_tasks or total
+    if number is None and learner.global_loss().requires_grad:
+        raise ValueError("θ has a hyperprior and the family is endless: say how many tasks it stands for, num_tasks=")
+    return number or 1
+
+
+def _held_out(validation: TaskFamily | Episode, num_tasks: int) -> Episode:
+    if isinstance(validation, Episode):
+        return validation
+    generator = torch.Generator().manual_seed(0)
+    total = getattr(validation, "num_tasks", None)
+    return validation.sample(num_tasks if total is None else min(num_tasks, total), generator=generator)

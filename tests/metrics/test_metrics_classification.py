@@ -1,0 +1,183 @@
+"""Accuracy, Brier score and calibration of classes against sklearn, torchmetrics and loops written out."""
+
+import numpy as np
+import pytest
+import torch
+
+from bayesmeta.metrics import accuracy, brier, expected_calibration_error, maximum_calibration_error, reliability_curve
+
+CASES = 200
+
+
+def case_of(seed, *, tasks=3, points=20, classes=5):
+    """Probabilities, labels that agree with them more often than not, and a mask; probabilities are exact in single precision."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (1 + seed % 4) * torch.randn(tasks, points, classes, generator=generator)
+    probs = logits.softmax(-1).double()
+    any_class = torch.randint(classes, (tasks, points), generator=generator)
+    y = torch.where(torch.rand(tasks, points, generator=generator) < 0.6, probs.argmax(-1), any_class)
+    mask = torch.rand(tasks, points, generator=generator) < 0.8
+    mask[:, 0] = True
+    return probs, y, mask
+
+
+def gaps_in_a_loop(probs, y, mask, bins):
+    """Share of points and gap of each bin (edge, edge], in numpy."""
+    confidence, top = probs[mask].max(-1)
+    confidence, right = confidence.numpy(), (top == y[mask]).numpy()
+    found = []
+    for low, high in zip(np.linspace(0, 1, bins + 1)[:-1], np.linspace(0, 1, bins + 1)[1:], strict=True):
+        inside = (low < confidence) & (confidence <= high)
+        if inside.any():
+            found.append((inside.mean(), abs(right[inside].mean() - confidence[inside].mean())))
+    return found
+
+
+@pytest.mark.parametrize("norm", ["l1", "max"])
+def test_ece_and_mce_are_those_of_torchmetrics(norm):
+    pytest.importorskip("torchmetrics")
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    ours = {"l1": expected_calibration_error, "max": maximum_calibration_error}[norm]
+    for case in range(CASES):
+        classes = 2 + case % 6
+        probs, y, mask = case_of(case, classes=classes)
+        expected = multiclass_calibration_error(probs[mask], y[mask], num_classes=classes, n_bins=15, norm=norm)
+        assert ours(probs, y, mask).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 10, 15])
+def test_ece_and_mce_by_a_loop(bins):
+    for case in range(CASES):
+        probs, y, mask = case_of(case)
+        gaps = gaps_in_a_loop(probs, y, mask, bins)
+        assert expected_calibration_error(probs, y, mask, bins=bins).item() == pytest.approx(sum(s * g for s, g in gaps), abs=1e-12)
+        assert maximum_calibration_error(probs, y, mask, bins=bins).item() == pytest.approx(max(g for _, g in gaps), abs=1e-12)
+
+
+def test_adaptive_ece_has_bins_of_equal_numbers_of_points():
+    for case in range(CASES):
+        probs, y, _ = case_of(case, tasks=3, points=25)
+        mask = torch.ones_like(y, dtype=torch.bool)
+        confidence, top = (part.flatten().numpy() for part in probs.max(-1))
+        order = np.argsort(confidence)
+        parts = np.array_split(order, 15)
+        right = top == y.flatten().numpy()
+        expected = sum(len(part) / 75 * abs(right[part].mean() - confidence[part].mean()) for part in parts)
+        assert expected_calibration_error(probs, y, mask, equal_mass=True).item() == pytest.approx(expected, abs=1e-9)
+        r = reliability_curve(probs, y, mask, equal_mass=True)
+        assert r.counts.tolist() == [5] * 15
+        assert r.edges[0] == confidence.min() and r.edges[-1] == confidence.max()
+
+
+def test_equal_confidences_share_an_adaptive_bin_so_that_order_does_not_matter():
+    probs = torch.tensor([0.8, 0.2], dtype=torch.float64).expand(1, 20, 2)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    for y in (torch.tensor([[0] * 16 + [1] * 4]), torch.tensor([[1] * 4 + [0] * 16])):
+        assert expected_calibration_error(probs, y, mask, equal_mass=True).item() == pytest.approx(0, abs=1e-12)
+        assert reliability_curve(probs, y, mask, equal_mass=True).counts.sum() == 20
+
+
+def test_reliability_by_hand():
+    top = torch.tensor([[0.5, 0.6, 0.75, 1.0]])
+    probs, y = torch.stack([top, 1 - top], -1), torch.tensor([[0, 1, 0, 0]])
+    r = reliability_curve(probs, y, torch.tensor([[True, True, True, True]]), bins=4)
+    assert torch.equal(r.edges, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    assert r.counts.tolist() == [0, 1, 2, 1]  # closed above: 0.5 is in (0.25, 0.5]
+    torch.testing.assert_close(r.confidence, torch.tensor([torch.nan, 0.5, 0.675, 1.0]), equal_nan=True)
+    torch.testing.assert_close(r.accuracy, torch.tensor([torch.nan, 1.0, 0.5, 1.0]), equal_nan=True)
+
+
+def test_a_confidence_over_1_by_rounding_is_in_the_last_bin():
+    probs = torch.tensor([[[1.0 + 1e-7, 0.0]]])
+    assert reliability_curve(probs, torch.zeros(1, 1).long(), torch.ones(1, 1).bool()).counts[-1] == 1
+
+
+def test_means_of_a_bin_do_not_drift_in_single_precision():
+    points = 300_000
+    probs = torch.tensor([0.9, 0.1]).expand(1, points, 2)
+    y = (torch.arange(points) % 10 == 0).long()[None]
+    ece = expected_calibration_error(probs, y, torch.ones(1, points, dtype=torch.bool))
+    assert ece.dtype == torch.float32 and ece < 1e-6
+
+
+def test_ece_is_small_for_a_calibrated_classifier_and_large_for_a_sure_one():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(10, 5000, 4, generator=generator)
+    y = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(10, 5000)
+    mask = torch.ones_like(y, dtype=torch.bool)
+    for equal_mass in (False, True):
+        assert expected_calibration_error(logits.softmax(-1), y, mask, equal_mass=equal_mass) < 0.01
+        assert expected_calibration_error((3 * logits).softmax(-1), y, mask, equal_mass=equal_mass) > 0.1
+
+
+def test_brier_is_twice_that_of_sklearn_for_two_classes():
+    metrics = pytest.importorskip("sklearn.metrics")
+    for case in range(CASES):
+        probs, y, mask = case_of(case, classes=2)
+        for task, ours in enumerate(brier(probs, y, mask)):
+            real = mask[task]
+            expected = metrics.brier_score_loss(y[task, real].numpy(), probs[task, real, 1].numpy(), pos_label=1)
+            assert ours.item() == pytest.approx(2 * expected, abs=1e-6)
+
+
+def test_brier_of_several_classes_by_a_loop():
+    for case in range(CASES):
+        probs, y, mask = case_of(case)
+        for task, ours in enumerate(brier(probs, y, mask)):
+            points = [probs[task, n].clone() for n in range(20) if mask[task, n]]
+            for p, label in zip(points, y[task, mask[task]], strict=True):
+                p[label] -= 1
+            assert ours.item() == pytest.approx(float(np.mean([(p**2).sum() for p in points])), abs=1e-12)
+
+
+def test_brier_is_0_where_sure_and_right_and_2_where_sure_and_wrong():
+    probs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]])
+    assert torch.equal(brier(probs, torch.zeros(2, 2).long(), torch.ones(2, 2).bool()), torch.tensor([0.0, 2.0]))
+
+
+def test_accuracy_is_that_of_sklearn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    for case in range(CASES):
+        probs, y, mask = case_of(case)
+        for task, ours in enumerate(accuracy(probs, y, mask)):
+            real = mask[task]
+            assert ours.item() == pytest.approx(metrics.accuracy_score(y[task, real].numpy(), probs[task, real].argmax(-1).numpy()))
+
+
+def test_labels_of_other_integer_types():
+    probs, y, mask = case_of(0)
+    assert torch.equal(brier(probs, y.int(), mask), brier(probs, y, mask))
+
+
+SCORES = [accuracy, brier, expected_calibration_error, maximum_calibration_error, reliability_curve]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_errors_of_shapes_and_labels(score):
+    probs, y, mask = case_of(0, tasks=2, points=3)
+    with pytest.raises(ValueError, match=r"expected probs \(T, N, C\), y \(T, N\) and a bool mask \(T, N\), got \(2, 3, 5\), \(3, 2\) and"):
+        score(probs, y.T, mask)
+    with pytest.raises(ValueError, match=r"got \(2, 3, 5\), \(2, 3\) and torch.bool \(3, 2\)"):
+        score(probs, y, mask.T)
+    with pytest.raises(ValueError, match=r"got \(2, 3, 5\), \(2, 3\) and torch.int64 \(2, 3\)"):
+        score(probs, y, mask.long())
+    mask[:], y[:], y[0, 1] = True, 2, 5
+    with pytest.raises(ValueError, match="y: expected labels from 0 to 4, got some from 2 to 5"):
+        score(probs, y, mask)
+    y[0, 1] = -1
+    with pytest.raises(ValueError, match="y: expected labels from 0 to 4, got some from -1 to 2"):
+        score(probs, y, mask)
+
+
+@pytest.mark.parametrize("score", SCORES[2:])
+def test_errors_of_bins(score):
+    with pytest.raises(ValueError, match="bins: expected at least 1, got 0"):
+        score(*case_of(0), bins=0)
+
+
+def test_a_diagram_has_no_place_for_nan():
+    probs, y, mask = case_of(0)
+    probs[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="probs: expected numbers, got NaN at a real point"):
+        reliability_curve(probs, y, mask)
