@@ -376,6 +376,9 @@ class HierarchicalModel(nn.Module):
         """Inside a guide: samples the global sites from q(θ) (a Delta where θ is a point); returns the draw ``(G,)``."""
         if not self.theta_sites:
             return None
+        for name in ("theta_loc", "theta_log_scale"):
+            if name in self._parameters:
+                announce(name, self._parameters[name])  # so that SVI trains them
         kinds: dict[str, tuple[Any, Any]] = {}
         values = self._theta_values()
         with poutine.block():

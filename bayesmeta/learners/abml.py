@@ -2,12 +2,13 @@
 
     q_0 = (μ_θ, σ_θ)                                             the prior p(φ | θ) is also where q starts (section 3.2)
     L_S(μ, σ) = E_q[ log p(S_i | φ) ] − w KL( q ‖ p(φ | θ) )     (eq. 4, likelihoods summed)
-    (μ, log σ) ← (μ, log σ) + α ∇ L_S / max(N_S, 1)              K times, so that α means the same at every N
+    (μ, σ) ← (μ, σ) + α ∇ L_S / max(N_S, 1)                      K times, so that α means the same at every N
     loss_i(θ) = −E_q[ log p(S_i ∪ Q_i | φ) ] + KL( q ‖ p(φ | θ) )  (eq. 3); −log p(θ) is added once, by `global_loss`
 
 q sees the support only; the outer likelihood is over S ∪ Q, so the outer loss is a bound on −log p(S_i ∪ Q_i | θ) that is tight
 where q is the posterior given S ∪ Q: trained so, σ shrinks with the number of queries. With w = 1 and K large, q is the
-mean-field optimum given S: for a quadratic log joint its mean is the posterior's and its sd 1/√diag(precision).
+mean-field optimum given S: for a quadratic log joint its mean is the posterior's and its sd 1/√diag(precision). The steps are in
+σ itself (a step past 0 counts by its size), not in log σ, whose steps would shrink as N grows.
 
 | argument | symbol | |
 |---|---|---|
@@ -52,35 +53,35 @@ class ABML(AbstractMetaLearner):
         """A diagonal Normal; without support points, N(μ_θ, σ_θ²): the prior itself where that is Normal."""
         support = self.prepared(support)
         with rng(generator):
-            mean, log_sd = self._q(support, keep_graph=False)
-        return TaskPosterior(self.model, dist.Normal(mean, log_sd.exp()).to_event(1))
+            mean, sd = self._q(support, keep_graph=False)
+        return TaskPosterior(self.model, dist.Normal(mean, sd).to_event(1))
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """−ELBO of S_i ∪ Q_i under q(φ | S_i), ``(T,)``."""
         support, both = self.prepared(episode.support), self.prepared(episode.union(), "episode")
         with rng(generator):
-            mean, log_sd = self._q(support, keep_graph=True)
-            phi = mean + log_sd.exp() * self.model.noise(support.num_tasks)
-            minus_kl, log_likelihood = self.model.mean_field_parts(phi, mean, log_sd.exp(), both)
+            mean, sd = self._q(support, keep_graph=True)
+            phi = mean + sd * self.model.noise(support.num_tasks)
+            minus_kl, log_likelihood = self.model.mean_field_parts(phi, mean, sd, both)
         return -(log_likelihood + minus_kl)
 
     def guide(self, data: Points | Episode) -> None:
         """The same q as a Pyro guide: given an Episode it sees only S; given Points it sees them all."""
         support = self.prepared(data.support if isinstance(data, Episode) else data)
         with self.model.theta_at(self.model.sample_theta_sites()):
-            mean, log_sd = self._q(support, keep_graph=True)
-            self.model.sample_task_sites(dist.Normal(mean, log_sd.exp()).to_event(1), support)
+            mean, sd = self._q(support, keep_graph=True)
+            self.model.sample_task_sites(dist.Normal(mean, sd).to_event(1), support)
 
     def _q(self, support: Points, *, keep_graph: bool) -> tuple[Tensor, Tensor]:
         mean, sd = self.model.prior_moments(support)
         size = (self.num_draws, 1, self.model.dim)
         n = counts(support)
 
-        def loss(mean: Tensor, log_sd: Tensor) -> Tensor:
-            phi = mean + log_sd.exp() * standard_noise(size, self.noise, like=mean)
-            minus_kl, log_likelihood = self.model.mean_field_parts(phi, mean, log_sd.exp(), support)
+        def loss(mean: Tensor, sigma: Tensor) -> Tensor:
+            phi = mean + sigma.abs() * standard_noise(size, self.noise, like=mean)
+            minus_kl, log_likelihood = self.model.mean_field_parts(phi, mean, sigma.abs(), support)
             return -(log_likelihood + self.kl_weight * minus_kl).mean(0) / n
 
-        return descend(  # type: ignore[return-value]
-            loss, (mean, sd.log()), [self.inner_lr] * self.inner_steps, first_order=self.first_order, keep_graph=keep_graph
-        )
+        alpha: list[Tensor | float] = [self.inner_lr] * self.inner_steps
+        mean, sigma = descend(loss, (mean, sd), alpha, first_order=self.first_order, keep_graph=keep_graph)
+        return mean, sigma.abs()

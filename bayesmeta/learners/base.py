@@ -47,6 +47,8 @@ class AbstractAdapter(nn.Module, ABC):
         if points.y is None and points.mask.any():
             raise ValueError(f"{role}.y: expected targets, got None")
         self.materialise(points)
+        if points.y is None:
+            points = points._replace(y=self.model.made_up_points(points.num_tasks, points.num_points).y)
         return self.model.prepare(points)
 
 

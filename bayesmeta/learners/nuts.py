@@ -80,7 +80,7 @@ class NUTS(AbstractAdapter):
         advice = {
             "divergences": (float(diagnostics["divergences"]) > 0, "raise target_accept (0.95) or write the program non-centred"),
             "max_r_hat": (not float(diagnostics["max_r_hat"]) <= 1.01, "take more warmup and draws"),
-            "min_effective_draws": (float(diagnostics["min_effective_draws"]) < 100 * self.chains, "take more draws"),
+            "min_effective_draws": (not float(diagnostics["min_effective_draws"]) >= 100 * self.chains, "take more draws"),
         }
         for name, (wrong, what) in advice.items():
             if wrong:

@@ -129,11 +129,11 @@ def bands_grid(
                 "query": (band.query_x, band.query_y),
             }
             predictive_bands(band.after, ax=ax, key_outside=False, **points, **options)
-        row[0].set_ylabel(literal(name), color=shade(look[name].colour), fontsize=9.5, fontweight="bold")
+        row[0].set_ylabel(literal(name, 16), color=shade(look[name].colour), fontsize=9.5, fontweight="bold")
     words: dict[str, Any] = {"color": INK, "fontsize": 9, "loc": "left"}
     axes[0][0].set_title("before any data", **words)
     for ax, band in zip(axes[0][1:], next(iter(rows.values())), strict=True):
-        ax.set_title(literal(f"{band.name}, n = {len(band.support_x)}"), **words)
+        ax.set_title(f"{literal(band.name, 20)}, n = {len(band.support_x)}", **words)
     share_labels(flat, x=x, y=y)
     return axes
 

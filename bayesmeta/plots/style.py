@@ -6,6 +6,7 @@ Figures are made without pyplot: nothing is registered, no backend is chosen, no
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,8 +64,13 @@ def shade(colour: str) -> str:
     return to_hex((red, green, blue))
 
 
-def literal(text: str) -> str:
-    """``text`` (a name that a user chose) so that matplotlib shows every dollar sign and sets no formula."""
+def literal(text: str, width: int | None = None) -> str:
+    """``text`` (a name that a user chose) so that matplotlib shows every dollar sign and sets no formula.
+
+    ``width``: broken into at most two lines of so many letters, the rest left out.
+    """
+    if width is not None:
+        text = textwrap.fill(text, width, max_lines=2, placeholder="…")
     return text.replace("$", r"\$")
 
 
@@ -111,7 +117,7 @@ def share_labels(axes: Sequence[Axes], *, x: str, y: str) -> None:
 def name_panel(ax: Axes, name: str, look: Look, *, note: str = "") -> None:
     """A learner's name over its panel of a grid, in its colour, and below it a small ``note``."""
     ax.set_title(
-        literal(name), color=shade(look.colour), fontsize=10, loc="left", fontweight="bold", pad=16 if note else 5
+        literal(name, 24), color=shade(look.colour), fontsize=10, loc="left", fontweight="bold", pad=16 if note else 5
     )
     if note:
         place: dict[str, Any] = {

@@ -14,13 +14,20 @@ VALIDATION: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 3.0, "l
 PALE = 0.3
 
 
-def running_median(values: Array, window: int) -> Array:
-    """Median of the ``window`` values round each one (fewer at the ends), NaN left out; (K,) -> (K,)."""
+def running_median(values: Array, window: int, *, most: int = 500) -> tuple[Array, Array]:
+    """Median of the ``window`` values round each place (fewer at the ends), NaN left out; (K,) -> places (M,), (M,).
+
+    ``most``: beyond so many values the places are spread evenly from first to last, as fine as a line can show.
+    """
     values, half = np.asarray(values, dtype=float), window // 2
-    padded = np.pad(values, half, constant_values=np.nan)
-    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    bare = np.isnan(around).all(axis=1)
-    return np.where(bare, np.nan, np.nanmedian(np.where(bare[:, None], 0.0, around), axis=1))
+    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), most)).round().astype(int))
+    medians = np.full(len(places), np.nan)
+    for i, place in enumerate(places):
+        near = values[max(0, place - half) : place + half + 1]
+        near = near[~np.isnan(near)]
+        if near.size:
+            medians[i] = np.median(near)
+    return places, medians
 
 
 def loss_curve(
@@ -54,7 +61,8 @@ def loss_curve(
     window = max(1, len(loss) // 50) if window is None else window
     if window > 1:
         ax.plot(step, loss, color=tint(colour, PALE), linewidth=0.6, zorder=1)
-    ax.plot(step, running_median(loss, window), color=colour, linewidth=1.6, zorder=2)
+    places, medians = running_median(loss, window)
+    ax.plot(step[places], medians, color=colour, linewidth=1.6, zorder=2)
     if held_out.size:
         ax.plot(checks, held_out, zorder=3, **VALIDATION)
     seen = loss[np.isfinite(loss)]

@@ -81,7 +81,8 @@ def metric_axes(report: Evidence, rows: Sequence[Row], metric: str, ax: Axes | N
         raise ValueError(f"no learner has a metric {metric!r}{nearest(metric, {row['metric'] for row in rows})}")
     estimates = {row["learner"]: (row["estimate"], row["lower"], row["upper"]) for row in chosen}
     what, look = measure(metric), looks_of(report)
-    label = f"{what.label} ({what.direction})" if what.direction else what.label
+    gap = " " if numbers else "\n"  # a panel of a grid is narrow
+    label = f"{what.label}{gap}({what.direction})" if what.direction else what.label
     return plots.metric_intervals(estimates, label=label, reference=what.nominal, look=look, numbers=numbers, ax=ax)
 
 

@@ -28,7 +28,7 @@ def html_page(report: Evidence, rows: list[Row], drawn: list[Picture]) -> str:
         f"<header><h1>{title}</h1>{_lead(report)}</header>",
         _section("What it shows", _bullets(verdict(report, rows))),
         _section("Scores of each learner", _scores(report, rows) + _remarks(report)),
-        _section("Differences on the same tasks", _differences(report)) if len(report.results) > 1 else "",
+        _section("Differences on the same tasks", _differences(report, rows)) if len(report.results) > 1 else "",
         _intervals(report, rows),
         *(_figure(picture) for picture in drawn),
         _section("Learners", _learners(report)),
@@ -104,7 +104,7 @@ def _column(report: Evidence, rows: list[Row], metric: str) -> tuple[str, dict[s
     return _heading(what.label, what.direction), _cells(own, bold, off=off)
 
 
-def _differences(report: Evidence) -> str:
+def _differences(report: Evidence, rows: list[Row]) -> str:
     reference = best(report)
     others = [name for name in report.results if name != reference]
     columns: list[tuple[str, dict[str, str]]] = []
@@ -113,11 +113,14 @@ def _differences(report: Evidence) -> str:
         own = {n: (row["estimate"], row["lower"], row["upper"]) for n, row in gaps.items()}
         clear = {n for n, row in gaps.items() if row["excludes_zero"]}
         columns.append((_heading(measure(metric).label, measure(metric).direction), _cells(own, clear, sign=True)))
+    chosen = (reference, "nll") in winners(rows)
+    named = f"{reference}, the best in NLL," if chosen else reference
     caption = (
-        f"Learner minus {reference}, the best in NLL, task by task; in brackets the 95% interval by resampling tasks. "
-        f"Bold: the interval excludes zero. Intervals are one at a time, and {reference} was chosen on these same "
-        "tasks, so gaps just clear of zero are weak evidence."
+        f"Learner minus {named} task by task; in brackets the 95% interval by resampling tasks. Bold: the interval "
+        "excludes zero. Intervals are one at a time"
     )
+    doubt = f", and {reference} was chosen on these same tasks, so gaps just clear of zero are weak evidence."
+    caption += doubt if chosen else "."
     return _table(caption, columns, others, report)
 
 

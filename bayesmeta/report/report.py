@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from bayesmeta.report import figures, gallery, numbers, page, serial, table
 from bayesmeta.report.files import folder_for, write_whole
 from bayesmeta.report.numbers import Row
-from bayesmeta.report.results import Array, LearnerResult
+from bayesmeta.report.results import Array, LearnerResult, floats
 
 FilePath = str | os.PathLike[str]
 
@@ -61,11 +61,11 @@ class Report:
 
         keep("results", dict(self.results))
         for name in ("support_sizes", "query_sizes"):
-            keep(name, np.array(getattr(self, name), dtype=np.int64))
+            keep(name, np.asarray(getattr(self, name)).astype(np.int64))
         keep("task_names", tuple(self.task_names) or tuple(f"task {i + 1}" for i in range(self.support_sizes.size)))
         keep("notes", tuple(self.notes))
         keep("environment", {key: str(value) for key, value in self.environment.items()})
-        keep("histories", {n: {k: np.array(v, dtype=float) for k, v in h.items()} for n, h in self.histories.items()})
+        keep("histories", {n: {k: floats(v) for k, v in h.items()} for n, h in self.histories.items()})
         self._check()
 
     def _check(self) -> None:
@@ -75,6 +75,8 @@ class Report:
         if tasks == 0 or self.support_sizes.shape != (tasks,) or self.query_sizes.shape != (tasks,):
             shapes = f"{self.support_sizes.shape} and {self.query_sizes.shape}"
             raise ValueError(f"support_sizes and query_sizes must have shape (T,) with T > 0, got {shapes}")
+        if not self.query_sizes.any():
+            raise ValueError("no task has a query point: there is nothing to score")
         if len(self.task_names) != tasks:
             raise ValueError(f"task_names must have one name for each of {tasks} tasks, got {len(self.task_names)}")
         for learner, result in self.results.items():
@@ -84,6 +86,10 @@ class Report:
         for learner, history in self.histories.items():
             if not {"step", "loss"} <= set(history):
                 raise ValueError(f'history of {learner} needs "step" and "loss", got {sorted(history)}')
+            for steps, losses in (("step", "loss"), ("validation_step", "validation")):
+                sizes = [np.size(history.get(key, ())) for key in (steps, losses)]
+                if sizes[0] != sizes[1]:
+                    raise ValueError(f"history of {learner}: {steps} and {losses} have sizes {sizes[0]} and {sizes[1]}")
 
     def __repr__(self) -> str:
         return f"Report({self.title!r}, {len(self.support_sizes)} tasks, learners: {', '.join(self.results)})"
@@ -142,7 +148,11 @@ class Report:
     @classmethod
     def from_json(cls, path: FilePath) -> Report:
         """Read what `to_json` wrote. Raises ValueError where the file is something else, or of another version."""
-        return cls(**serial.json_fields(Path(path)))
+        content = serial.json_content(Path(path))
+        try:
+            return cls(**serial.decode(content))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged report: {type(error).__name__} {error}") from None
 
     def to_html(self, path: FilePath) -> Path:
         """Write one self-contained page: tables, pictures, how to read them, settings; no script, nothing loaded."""

@@ -17,6 +17,11 @@ Array = npt.NDArray[Any]
 Setting = float | int | str | bool
 
 
+def floats(values: Any) -> Array:
+    """A float64 copy of an array, a list or a tensor on the CPU."""
+    return np.asarray(values).astype(np.float64)
+
+
 def settle(record: Any, /, **axes: str) -> None:
     """Make the named fields of ``record`` read-only float arrays; equal letters of ``axes`` must have equal sizes.
 
@@ -26,7 +31,7 @@ def settle(record: Any, /, **axes: str) -> None:
     kind = type(record).__name__
     sizes: dict[str, tuple[int, str]] = {}
     for name, letters in axes.items():
-        values = np.array(getattr(record, name), dtype=np.float64)
+        values = floats(getattr(record, name))
         shape = f"({', '.join(letters)}{',' if len(letters) == 1 else ''})"
         if values.ndim != len(letters):
             raise ValueError(f"{kind}.{name} must have shape {shape}, got {values.shape}")
@@ -127,7 +132,7 @@ class LearnerResult:
 
     def __post_init__(self) -> None:
         for name in ("metrics", "sites"):
-            arrays = {key: np.array(value, dtype=np.float64) for key, value in getattr(self, name).items()}
+            arrays = {key: floats(value) for key, value in getattr(self, name).items()}
             for key, value in arrays.items():
                 if value.ndim != 1:
                     raise ValueError(f"{name}[{key!r}] must have one value a task, shape (T,), got shape {value.shape}")

@@ -37,8 +37,8 @@ def json_text(report: Evidence) -> str:
     return json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def json_fields(path: Path) -> dict[str, Any]:
-    """The fields of the report that `json_text` wrote. Raises ValueError where it is none, OSError where no file is."""
+def json_content(path: Path) -> dict[str, Any]:
+    """What `json_text` wrote, still as JSON. Raises ValueError where it is something else, OSError where no file is."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # bad JSON or bad UTF-8
@@ -47,10 +47,12 @@ def json_fields(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not a report of bayesmeta: expected JSON with "format": "{FORMAT}"')
     if (version := content.pop("version", None)) != VERSION:
         raise ValueError(f"{path} is a report of version {version!r}; this bayesmeta reads version {VERSION}")
-    try:
-        return content | {"results": {name: _result(result) for name, result in content["results"].items()}}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is a damaged report: {type(error).__name__} {error}") from None
+    return content
+
+
+def decode(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a report from `json_content`; any error of Python's where they are not what they should be."""
+    return content | {"results": {name: _result(result) for name, result in content["results"].items()}}
 
 
 def encode(value: Any) -> Any:

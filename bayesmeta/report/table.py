@@ -20,11 +20,13 @@ def text_table(report: Evidence, rows: list[Row], reference: str | None = None) 
     head = f"{report.title}: {tasks} task{'s' if tasks != 1 else ''}"
     sizes = f"support points {per_task(report.support_sizes)}; query points {per_task(report.query_sizes)}"
     lines = [f"{head}; {sizes}", "", *_scores(report, rows)]
-    lines += ["", "* best of its column. ± is a 95% interval by resampling tasks: half its width."]
+    lines += ["", "± is a 95% interval by resampling tasks: half its width."]
+    if winners(rows):
+        lines.append("* best of its column.")
     if off_nominal(rows):
         lines.append("! the interval of the coverage excludes its nominal level.")
     if len(report.results) > 1:
-        lines += ["", *_differences(report, reference)]
+        lines += ["", *_differences(report, rows, reference)]
     if tasks < FEW_TASKS:
         lines.append(f"With {tasks} task{'s' if tasks != 1 else ''} to resample, intervals are too narrow or missing.")
     return "\n".join([*lines, *failures(report), *report.notes])
@@ -45,17 +47,18 @@ def _scores(report: Evidence, rows: list[Row]) -> list[str]:
     return _aligned(columns)
 
 
-def _differences(report: Evidence, reference: str) -> list[str]:
+def _differences(report: Evidence, rows: list[Row], reference: str) -> list[str]:
     others = [name for name in report.results if name != reference]
-    columns = [["", *others]]
+    columns, clear = [["", *others]], False
     for metric in [m for m in PROPER if m in report.results[reference].metrics]:
         gaps = {row["learner"]: row for row in paired(report, metric, reference)}
         own = {n: (row["estimate"], row["lower"], row["upper"]) for n, row in gaps.items()}
         cells = _cells(own, {n: "†" if row["excludes_zero"] else " " for n, row in gaps.items()}, sign=True)
         columns.append([measure(metric).label, *(cells.get(n, "- ") for n in others)])
-    chosen = "the best in NLL, " if reference == best(report) else ""
-    foot = "† the 95% interval of the difference excludes zero."
-    return [f"Difference from {reference}, {chosen}on the same tasks", *_aligned(columns), "", foot]
+        clear |= any(row["excludes_zero"] for row in gaps.values())
+    chosen = "the best in NLL, " if (reference, "nll") in winners(rows) else ""
+    foot = ["", "† the 95% interval of the difference excludes zero."] if clear else []
+    return [f"Difference from {reference}, {chosen}on the same tasks", *_aligned(columns), *foot]
 
 
 def _cells(own: dict[str, tuple[float, float, float]], marks: dict[str, str], *, sign: bool = False) -> dict[str, str]:
@@ -73,6 +76,7 @@ def _cells(own: dict[str, tuple[float, float, float]], marks: dict[str, str], *,
 
 def _aligned(columns: list[list[str]]) -> list[str]:
     """Rows of text from columns of cells: names at the left, numbers at the right, a rule below the first row."""
+    columns = [[" ".join(name.split()) for name in columns[0]], *columns[1:]]  # a name with a line break is one line
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = []
     for row in zip(*columns, strict=True):

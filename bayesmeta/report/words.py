@@ -10,11 +10,11 @@ import numpy as np
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown ``name``: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    same_case = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(str(name).casefold(), same_case, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(map(repr, known)) or 'none'}"
+        return f"; did you mean {same_case[close[0]]!r}?"
+    return f"; known are {', '.join(map(repr, same_case.values())) or 'none'}"
 
 
 def duration(seconds: float) -> str:

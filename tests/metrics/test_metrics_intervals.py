@@ -132,9 +132,12 @@ def test_a_statistic_that_is_nan_is_not_rescued_by_resamples_that_miss_the_task(
 
 
 def test_resamples_without_a_value_are_left_out():
-    values = torch.tensor([[torch.nan], [1.0], [3.0]])
-    found = bootstrap_statistic(lambda v: v.nanmean(), values)  # all NaN in one resample of 27
-    assert (found.estimate, found.lower, found.upper) == (2.0, 1.0, 3.0)
+    values = torch.cat([normal(3), torch.full((5,), torch.nan, dtype=torch.float64)])
+    index = torch.randint(8, (500, 8), generator=torch.Generator().manual_seed(1))
+    means = [values[i].nanmean().item() for i in index]
+    assert np.isnan(means).any()
+    found = bootstrap_statistic(lambda v: v.nanmean(), values, level=0.5, resamples=500, seed=1)
+    np.testing.assert_allclose(found, [values.nanmean(), *np.nanquantile(means, [0.25, 0.75])], rtol=0, atol=1e-12)
 
 
 def test_an_infinitely_bad_task_shows():

@@ -1,0 +1,138 @@
+"""ABML: its fixed point, its noise, and one maths through two doors (ours and Pyro's)."""
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+
+from bayesmeta import HierarchicalModel, meta_train
+from bayesmeta.learners import ABML
+from bayesmeta.learners.noise import standard_noise
+
+from ..conftest import episode, positive_program, radon_program, ragged
+from .closed_forms import posterior
+
+
+@pytest.mark.parametrize("counts", [(4, 1, 6), (60, 2, 30)])
+def test_the_fixed_point_is_the_mean_field_optimum(linear_model, counts):
+    points = ragged(counts, 2)
+    q = ABML(linear_model, inner_steps=1500, inner_lr=0.2).adapt(points)
+    for task in range(3):
+        mean, precision = posterior(linear_model, points, task)
+        torch.testing.assert_close(q.mean[task], mean.detach(), rtol=0, atol=1e-8)
+        torch.testing.assert_close(q.distribution.stddev[task], precision.detach().diagonal() ** -0.5, rtol=0, atol=1e-8)
+
+
+def test_five_iid_draws_are_far_from_it(linear_model):
+    points = ragged((6,), 2)
+    q = ABML(linear_model, inner_steps=1500, inner_lr=0.2, noise="iid").adapt(points)
+    assert (q.distribution.stddev[0] - posterior(linear_model, points, 0)[1].diagonal() ** -0.5).abs().max() > 1e-3
+
+
+def test_without_support_q_is_the_prior(linear_model):
+    q = ABML(linear_model, inner_steps=5).adapt(ragged((0, 3), 2)).select([0])
+    torch.testing.assert_close(q.mean[0], linear_model.params["mean"].detach(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(q.distribution.stddev[0], linear_model.params["sd"].exp().detach(), rtol=0, atol=1e-14)
+
+
+def test_a_smaller_kl_weight_widens_less_towards_the_prior(linear_model):
+    points = ragged((2,), 2)
+    full, light = (ABML(linear_model, inner_steps=800, kl_weight=w).adapt(points) for w in (1.0, 0.1))
+    assert (light.distribution.stddev > 0).all()
+    mean = posterior(linear_model, points, 0)[0]
+    assert (full.mean[0] - mean).abs().max() < 1e-6 < (light.mean[0] - mean).abs().max()
+
+
+@pytest.mark.parametrize("noise", ["whitened", "antithetic", "iid"])
+@pytest.mark.parametrize("program", [radon_program, positive_program])
+@pytest.mark.parametrize("theta", ["map", "variational"])
+def test_the_loss_is_pyros_mean_field_elbo(float64, program, noise, theta):
+    e = episode(counts_as_targets=True)
+    model = HierarchicalModel(program, example=e, theta=theta)
+    learner = ABML(model, inner_steps=3, inner_lr=0.05, noise=noise)
+    pyro.set_rng_seed(7)
+    wanted = TraceMeanField_ELBO().loss(model, learner.guide, e)
+    generator = torch.Generator().manual_seed(7)
+    with model.theta_at(model.draw_theta(generator)):
+        got = learner.meta_loss(e, generator=generator).sum() + learner.global_loss()
+    assert got.item() == pytest.approx(wanted, abs=1e-10)
+
+
+def test_trace_elbo_agrees_on_average(float64):
+    e = episode()
+    model = HierarchicalModel(radon_program, example=e)
+    learner = ABML(model, inner_steps=2)
+    pyro.set_rng_seed(0)
+    draws = torch.tensor([Trace_ELBO().loss(model, learner.guide, e) for _ in range(400)])
+    ours = torch.stack([learner.meta_loss(e, generator=torch.Generator().manual_seed(i)).sum() for i in range(400)])
+    gap, error = (draws.mean() - ours.mean()).abs(), (draws.var() / 400 + ours.var() / 400).sqrt()
+    assert gap < 4 * error
+
+
+@pytest.mark.parametrize("program", [radon_program, positive_program])
+def test_svi_and_meta_train_take_the_same_path(float64, program):
+    e = episode(counts_as_targets=True)
+    one, two = (HierarchicalModel(program, example=e) for _ in range(2))
+    ours = ABML(one, inner_steps=3, inner_lr=0.05)
+    history = meta_train(ours, e, steps=20, generator=torch.Generator().manual_seed(3), optimizer=lambda p: torch.optim.Adam(p, 0.02, eps=1e-12))
+    theirs = ABML(two, inner_steps=3, inner_lr=0.05)
+    pyro.set_rng_seed(3)
+    svi = SVI(two, theirs.guide, pyro.optim.Adam({"lr": 0.02, "eps": 1e-12}), TraceMeanField_ELBO())
+    losses = [svi.step(e) / e.num_tasks for _ in range(20)]
+    torch.testing.assert_close(torch.tensor(history.loss), torch.tensor(losses), rtol=1e-8, atol=1e-8)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+    assert not pyro.get_param_store().keys()
+
+
+def test_the_guide_sees_the_support_only(float64):
+    e = episode()
+    model = HierarchicalModel(radon_program, example=e)
+    learner = ABML(model)
+    changed = e._replace(query=e.query._replace(y=e.query.y + 5))
+    traces = []
+    for data in (e, changed):
+        pyro.set_rng_seed(1)
+        traces.append(pyro.poutine.trace(learner.guide).get_trace(data).nodes["level"]["value"])
+    assert torch.equal(*traces)
+
+
+def test_first_order_has_the_same_loss_and_another_gradient(float64):
+    e = episode()
+    model = HierarchicalModel(radon_program, example=e)
+    losses = [ABML(model, first_order=flag).meta_loss(e) for flag in (False, True)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss.sum(), model.params["sd"])[0] for loss in losses]
+    assert (gradients[0] - gradients[1]).abs().max() > 1e-6
+
+
+def test_the_second_order_gradient_is_the_finite_difference(float64):
+    e = episode()
+    model = HierarchicalModel(radon_program, example=e)
+    learner = ABML(model, inner_steps=4)
+
+    def loss(bump):
+        with torch.no_grad():
+            model.params["sd"] += bump
+        value = learner.meta_loss(e).sum()
+        with torch.no_grad():
+            model.params["sd"] -= bump
+        return value
+
+    (gradient,) = torch.autograd.grad(loss(0.0), model.params["sd"])
+    for d in range(2):
+        bump = torch.zeros(2)
+        bump[d] = 1e-6
+        assert gradient[d].item() == pytest.approx(((loss(bump) - loss(-bump)) / 2e-6).item(), rel=1e-6)
+
+
+def test_noise_has_the_moments_it_promises(float64):
+    like = torch.zeros(())
+    white = standard_noise((7, 5, 3), "whitened", like=like)
+    torch.testing.assert_close(white.mean(0), torch.zeros(5, 3), rtol=0, atol=1e-12)
+    covariance = torch.einsum("sbd,sbe->bde", white, white) / 7
+    torch.testing.assert_close(covariance, torch.eye(3).expand(5, 3, 3), rtol=0, atol=1e-12)
+    for kind in ("antithetic", "whitened"):  # too few draws to whiten: antithetic
+        pairs = standard_noise((4, 5, 8), kind, like=like)
+        torch.testing.assert_close(pairs.mean(0), torch.zeros(5, 8), rtol=0, atol=1e-12)
+        torch.testing.assert_close(pairs.square().mean(0), torch.ones(5, 8), rtol=0, atol=1e-12)

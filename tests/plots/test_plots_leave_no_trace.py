@@ -1,0 +1,96 @@
+"""Every picture: the caller's axes come back, pyplot and rcParams know nothing of it, chance is left alone."""
+
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bayesmeta import plots
+
+RNG = np.random.default_rng(0)
+PITS = {"a": RNG.random((6, 5)), "b": RNG.random((6, 5)) ** 2}
+PROBS = RNG.dirichlet(np.ones(3), (6, 5))
+LABELS = RNG.integers(0, 3, (6, 5))
+GRID = np.linspace(-1, 1, 20)
+CURVES = SimpleNamespace(
+    grid=GRID,
+    mean=GRID,
+    lower50=GRID - 1,
+    upper50=GRID + 1,
+    lower90=GRID - 2,
+    upper90=GRID + 2,
+    draws=np.stack([GRID, -GRID]),
+)
+BAND = SimpleNamespace(
+    name="one",
+    before=CURVES,
+    after=CURVES,
+    support_x=GRID[:3],
+    support_y=GRID[:3],
+    query_x=GRID[5:7],
+    query_y=GRID[5:7],
+)
+STEPS = np.arange(100)
+
+SINGLE = {
+    "calibration_curve": lambda ax: plots.calibration_curve(PITS, ax=ax),
+    "calibration_curve quantile": lambda ax: plots.calibration_curve(PITS["a"], kind="quantile", ax=ax),
+    "pit_histogram": lambda ax: plots.pit_histogram(PITS["a"], ax=ax),
+    "reliability_diagram": lambda ax: plots.reliability_diagram(PROBS, LABELS, ax=ax),
+    "predictive_bands": lambda ax: plots.predictive_bands(CURVES, support=(GRID[:2], GRID[:2]), x="x", ax=ax),
+    "shrinkage": lambda ax: plots.shrinkage(GRID, GRID / 2, 0.0, np.arange(20), ax=ax),
+    "loss_curve": lambda ax: plots.loss_curve(STEPS, 1 / (1 + STEPS), ax=ax),
+    "metric_intervals": lambda ax: plots.metric_intervals({"a": (1, 0, 2), "b": (2, 1, 3)}, label="NLL", ax=ax),
+}
+GRIDS = {
+    "calibration_grid": lambda: plots.calibration_grid(PITS),
+    "pit_grid": lambda: plots.pit_grid(PITS),
+    "reliability_grid": lambda: plots.reliability_grid({"a": PROBS}, {"a": LABELS}),
+    "bands_grid": lambda: plots.bands_grid({"a": [BAND], "b": [BAND]})[0],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_trace():
+    settings, torch_state = dict(matplotlib.rcParams), torch.get_rng_state()
+    drawn = np.random.get_state()[1].copy()  # noqa: NPY002
+    yield
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == settings
+    assert np.array_equal(np.random.get_state()[1], drawn)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_given_axes_come_back_drawn_on(name):
+    ax = Figure().subplots()
+    assert SINGLE[name](ax) is ax
+    assert ax.has_data() and ax.get_xlabel()
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_without_axes_a_new_figure_that_can_be_written_at_once(name, tmp_path):
+    ax = SINGLE[name](None)
+    assert isinstance(ax.figure.canvas, FigureCanvasAgg)
+    ax.figure.savefig(tmp_path / "picture.png", dpi=40)
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_share_one_figure(name):
+    axes = GRIDS[name]()
+    assert len({id(ax.figure) for ax in axes}) == 1 and all(ax.has_data() for ax in axes)
+    axes[0].figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_callers_rc_params_are_obeyed_and_kept(name):
+    with matplotlib.rc_context({"axes.facecolor": "#123456"}):
+        ax = SINGLE[name](None)
+        assert matplotlib.rcParams["axes.facecolor"] == "#123456"
+    assert matplotlib.colors.to_hex(ax.get_facecolor()) == "#123456"
