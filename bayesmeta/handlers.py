@@ -86,19 +86,25 @@ class Target:
         return value.flatten(value.dim() - self.point_axes - 1).sum(-1)
 
 
+class AllSitesSeen(Exception):
+    """Ends a run that wants nothing of the program but its task-level sites: the likelihood, a network say, is spared."""
+
+
 class Run(Messenger):
     """Runs the program with every latent site filled in by ``phi`` (task level) or ``theta`` (global), and adds up.
 
     ``prior``: what ``phi`` counts at its sites, log p(φ | θ) for `Packed` and −KL for `MeanField`, ``(*S, T)``.
     ``hyper``: what ``theta`` counts, ``()``. ``likelihood``: log p(y | φ, θ), ``(*S, T)``. ``target``: the
-    distribution of y. ``values``: the constrained values of the task-level sites, ``(*S, T, *event)``.
+    distribution of y. ``values``: the constrained values of the task-level sites, ``(*S, T, *event)``. With ``sites_only`` it
+    raises `AllSitesSeen` at the last of those.
     """
 
     def __init__(
         self, parameters: Parameters, points: Points, plates: int,
-        sites: Iterable[Site], phi: Fill, theta_sites: Iterable[Site], theta: Fill,
+        sites: Iterable[Site], phi: Fill, theta_sites: Iterable[Site], theta: Fill, *, sites_only: bool = False,
     ) -> None:
         super().__init__()
+        self.sites_only = sites_only
         self.parameters, self.points, self.plates = parameters, points, plates
         self.sites, self.phi = _slices(sites), phi
         self.theta_sites, self.theta = _slices(theta_sites), theta
@@ -137,6 +143,8 @@ class Run(Messenger):
             axis = msg["value"].dim() - len(site.event_shape) - 1
             self.values[name] = msg["value"].squeeze(axis) if self.plates == 2 else msg["value"]
             self._count(msg, term)
+            if self.sites_only and len(self.values) == len(self.sites):
+                raise AllSitesSeen
 
     def _count(self, msg: Any, term: Tensor | float) -> None:
         term, mask = torch.as_tensor(term) * msg["scale"], msg["mask"]

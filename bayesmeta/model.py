@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from .episodes import Episode, Points
-from .handlers import Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, site_normal
+from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, site_normal
 from .networks import AbstractNetwork, NormalPrior
 from .packing import log_det, peel
 from .posteriors import with_points_axis
@@ -52,7 +53,7 @@ class HierarchicalModel(nn.Module):
         self._sites: list[Site] | None = None
         self._theta_sites: list[Site] = []
         self._plates = 1
-        self._normal_prior = False
+        self._normal_prior = self._global_factors = False
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
         self.gradient_evaluations = 0.0
@@ -122,7 +123,8 @@ class HierarchicalModel(nn.Module):
             self._row = made_up(row, *sizes[0])
             self._make_theta()
             self._check_draws()
-            self._normal_prior = self._has_normal_prior() and not small.has_factors
+            self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
+            self._global_factors = small.has_factors(in_tasks=False)
         except BaseException:
             self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
             raise
@@ -271,7 +273,14 @@ class HierarchicalModel(nn.Module):
 
     def global_loss(self) -> Tensor:
         """What θ adds to a training loss, once: −log p(θ) for a point, KL(q(θ) ‖ p(θ)) where θ is variational; ``()``."""
+        if not self.has_hyperprior:
+            return self._anchor.new_zeros(())
         return -torch.as_tensor(self._hyper_run().hyper, dtype=self._anchor.dtype)
+
+    @property
+    def has_hyperprior(self) -> bool:
+        """Whether the program says anything of θ: a global sample site or a global ``pyro.factor``."""
+        return bool(self.theta_sites) or self._global_factors
 
     def _theta_values(self) -> Tensor:
         if self._theta_now is not None:
@@ -300,12 +309,12 @@ class HierarchicalModel(nn.Module):
         first = self.sites[0]
         tasks = sites[first.name].shape[sites[first.name].dim() - len(first.event_shape) - 1]
         condition = Condition(sites)
-        self._run(condition, self.made_up_points(tasks, 1))
+        self._run(condition, self.made_up_points(tasks, 1), sites_only=True)
         return torch.cat(condition.packed, -1)
 
     def unpack(self, phi: Tensor) -> dict[str, Tensor]:
         """``(*S, T, D)`` unpacked to constrained task-level sites by name, each ``(*S, T, *event)``."""
-        return self._run(Packed(self._checked(phi)), self.made_up_points(phi.shape[-2], 1)).values
+        return self._run(Packed(self._checked(phi)), self.made_up_points(phi.shape[-2], 1), sites_only=True).values
 
     def prior(self, points: Points | Episode) -> Any:
         """p(φ | θ) of the tasks in ``points`` as a distribution in packed space, batch ``(T,)``, event ``(D,)``.
@@ -323,7 +332,7 @@ class HierarchicalModel(nn.Module):
         A site that depends on earlier ones is taken at their means. See `bayesmeta.packing.packed_moments`.
         """
         moments = Moments()
-        self._run(moments, self.prepare(points))
+        self._run(moments, self.prepare(points), sites_only=True)
         return torch.cat(moments.means, -1), torch.cat(moments.sds, -1)
 
     def initial(self, points: Points | Episode) -> Tensor:
@@ -405,7 +414,7 @@ class HierarchicalModel(nn.Module):
         """
         kinds: dict[str, tuple[Any, Any]] = {}
         with poutine.block():
-            self._run(_remember(kinds, Packed(posterior.mean)), points)
+            self._run(_remember(kinds, Packed(posterior.mean)), points, sites_only=True)
         base, axes, _ = peel(posterior)
         normal = isinstance(base, dist.Normal) and axes == 1
         with pyro.plate("tasks", points.num_tasks, dim=-self._plates):
@@ -432,9 +441,10 @@ class HierarchicalModel(nn.Module):
 
     # --- running the program
 
-    def _run(self, phi: Fill, points: Points, theta: Fill | None = None) -> Run:
-        run = Run(self._parameter, points, self._plates, self.sites, phi, self._theta_sites, theta or self._default_theta())
-        with poutine.block(), pyro.settings.context(module_local_params=True), run:
+    def _run(self, phi: Fill, points: Points, theta: Fill | None = None, *, sites_only: bool = False) -> Run:
+        theta = theta or self._default_theta()
+        run = Run(self._parameter, points, self._plates, self.sites, phi, self._theta_sites, theta, sites_only=sites_only)
+        with contextlib.suppress(AllSitesSeen), poutine.block(), pyro.settings.context(module_local_params=True), run:
             self.program(points)
         return run
 
@@ -480,7 +490,7 @@ class ProgramPrior(dist.TorchDistribution):
         """Draws ``(*sample_shape, T, D)``, site after site."""
         with torch.no_grad():
             ancestral = Ancestral(torch.Size(sample_shape))
-            self.model._run(ancestral, self.points)
+            self.model._run(ancestral, self.points, sites_only=True)
             return torch.cat(ancestral.packed, -1)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -50,10 +50,9 @@ class Survey(Messenger):
         self.parameters = parameters
         self.statements: dict[str, Statement] = {}
 
-    @property
-    def has_factors(self) -> bool:
-        """Whether an observed statement other than y stands in the tasks plate (``pyro.factor``, say)."""
-        return any(s.observed and s.name != TARGET and any(f[0] == TASKS for f in s.frames) for s in self.statements.values())
+    def has_factors(self, *, in_tasks: bool) -> bool:
+        """Whether an observed statement other than y (``pyro.factor``, say) stands inside, or outside, the tasks plate."""
+        return any(s.observed and s.name != TARGET and any(f[0] == TASKS for f in s.frames) == in_tasks for s in self.statements.values())
 
     def _pyro_param(self, msg: Any) -> None:
         msg["value"] = self.parameters(msg["name"], msg["args"][1:], msg["kwargs"].get("constraint"))

@@ -1,7 +1,8 @@
 """Calibration of a predictive for a real target, from its probability integral transform (PIT), F(y).
 
 Of a calibrated predictive the PIT is uniform. Arguments: ``pit (T, N)``, ``mask (T, N)``; points are pooled over tasks. A PIT of NaN
-or inf among them says that there was no prediction: such a point counts in every denominator and in no share.
+or inf among them says that there was no prediction: such a point counts in every denominator and in no share. A ValueError says
+which shape or number is wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def randomized_pit(cdf_below: Tensor, cdf_at: Tensor, u: Tensor) -> Tensor:
 
 
 def calibration_curve(pit: Tensor, mask: Tensor, *, levels: Tensor) -> Tensor:
-    """Share of points with F(y) ≤ level, for each of ``levels (L,)`` (Kuleshov et al. 2018): ``(L,)``; level itself is ideal."""
+    """Share of points with F(y) ≤ level, for each of ``levels (L,)`` (Kuleshov et al. 2018, eq. 8): ``(L,)``; level itself is ideal."""
     return _share_up_to(levels, _pooled(pit, mask))
 
 
@@ -31,7 +32,7 @@ def central_coverage_curve(pit: Tensor, mask: Tensor, *, levels: Tensor) -> Tens
 def calibration_error(pit: Tensor, mask: Tensor, *, num_levels: int = 20) -> Tensor:
     """Mean squared gap between `calibration_curve` and the level, over equally spaced levels inside (0, 1); ``()``, 0 is ideal.
 
-    The calibration error of Kuleshov et al. 2018, with equal weights that sum to 1 (theirs sum to the number of levels). NaN where
+    The calibration error of Kuleshov et al. 2018, eq. 9, with equal weights that sum to 1 (theirs sum to the number of levels). NaN where
     there is no point, or a point without a prediction: left out of the shares, it could make up for others that are too high.
     """
     if num_levels < 1:

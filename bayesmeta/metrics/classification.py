@@ -1,4 +1,7 @@
-"""Scores of predicted class probabilities ``probs (T, N, C)`` for labels ``y (T, N)``, integers in 0…C−1 where ``mask (T, N)``."""
+"""Scores of predicted class probabilities ``probs (T, N, C)`` for labels ``y (T, N)``, integers in 0…C−1 where ``mask (T, N)``.
+
+A ValueError says which shape, label or number of bins is wrong. Calibration is that of the top class, points pooled over tasks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Reliability(NamedTuple):
 
 
 def accuracy(probs: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Share of each task's points whose most probable class is right, ``(T,)``. Points with a NaN probability are wrong."""
+    """Share of each task's points whose most probable class is right, ``(T,)``, 0 to 1. Points with a NaN probability are wrong."""
     correct = (probs.argmax(-1) == _labels(probs, y, mask)) & ~probs.isnan().any(-1)
     return task_mean(correct.to(probs.dtype), mask)
 
@@ -54,26 +57,54 @@ def reliability_curve(probs: Tensor, y: Tensor, mask: Tensor, *, bins: int = 15,
 
 
 def expected_calibration_error(probs: Tensor, y: Tensor, mask: Tensor, *, bins: int = 15, equal_mass: bool = False) -> Tensor:
-    """Σ_b n_b / n |accuracy_b − confidence_b| (Naeini et al. 2015; Guo et al. 2017, eq. 3), ``()``; adaptive with ``equal_mass``.
+    """Σ_b n_b / n |accuracy_b − confidence_b| (Naeini et al. 2015; Guo et al. 2017, eq. 3), ``()``, 0 (ideal) to 1.
 
     NaN where there is no point, or NaN at one.
     """
-    gaps, counts = _gaps(probs, y, mask, bins=bins, equal_mass=equal_mass)
-    return (counts * gaps).sum() / counts.sum()
+    r = _scored(probs, y, mask, bins=bins, equal_mass=equal_mass)
+    return (r.counts * (r.accuracy - r.confidence).abs()).sum() / r.counts.sum()
+
+
+def adaptive_calibration_error(probs: Tensor, y: Tensor, mask: Tensor, *, bins: int = 15) -> Tensor:
+    """`expected_calibration_error` over bins of equal numbers of points (Nguyen & O'Connor 2015), ``()``, 0 to 1.
+
+    Of the top class; the ACE of Nixon et al. 2019 averages over all classes.
+    """
+    return expected_calibration_error(probs, y, mask, bins=bins, equal_mass=True)
+
+
+def debiased_calibration_error(
+    probs: Tensor, y: Tensor, mask: Tensor, *, bins: int = 15, equal_mass: bool = True, squared: bool = False
+) -> Tensor:
+    """Root mean square gap of the bins, less what chance alone puts there, ``()``, 0 (ideal) to 1: √max(E, 0), or E if ``squared``.
+
+    E = Σ_b n_b / n [(accuracy_b − confidence_b)² − accuracy_b (1 − accuracy_b) / (n_b − 1)], the debiased estimator of Kumar et
+    al. 2019 (from Bröcker 2012; Ferro & Fricker 2012). E is unbiased, hence below 0 about every other time for a calibrated
+    predictive, if the points of a bin share one confidence; if not, it is low by the variance of theirs over n_b for such a one.
+
+    A bin of one point tells nothing of its variance: it is left out of the sum and of n. NaN where no bin has two points, or
+    there is NaN at one.
+    """
+    r = _scored(probs, y, mask, bins=bins, equal_mass=equal_mass)
+    chance = r.accuracy * (1 - r.accuracy) / (r.counts - 1)
+    gaps, counts = ((part[r.counts > 1]) for part in ((r.accuracy - r.confidence) ** 2 - chance, r.counts))
+    error = (counts * gaps).sum() / counts.sum()
+    return error if squared else error.clamp(min=0).sqrt()
 
 
 def maximum_calibration_error(probs: Tensor, y: Tensor, mask: Tensor, *, bins: int = 15) -> Tensor:
-    """The largest gap of a bin that is not empty (Guo et al. 2017, eq. 5), ``()``; NaN as `expected_calibration_error`."""
-    gaps, _ = _gaps(probs, y, mask, bins=bins, equal_mass=False)
-    return gaps.max()
+    """The largest gap of a bin that is not empty (Guo et al. 2017, eq. 5), ``()``, 0 to 1; NaN as `expected_calibration_error`."""
+    r = _scored(probs, y, mask, bins=bins, equal_mass=False)
+    return (r.accuracy - r.confidence).abs().max()
 
 
-def _gaps(probs: Tensor, y: Tensor, mask: Tensor, *, bins: int, equal_mass: bool) -> tuple[Tensor, Tensor]:
-    """|accuracy − confidence|, 0 in an empty bin, and points of each bin, ``(B,)`` each; all gaps NaN where there is nothing to score."""
+def _scored(probs: Tensor, y: Tensor, mask: Tensor, *, bins: int, equal_mass: bool) -> Reliability:
+    """`reliability_curve` without a gap in empty bins, and with accuracy NaN throughout where there is nothing to score."""
     broken = probs.isnan().any(-1)
     r = reliability_curve(torch.where(broken[..., None], 0.0, probs), y, mask, bins=bins, equal_mass=equal_mass)
-    gaps = torch.where(r.counts > 0, (r.accuracy - r.confidence).abs(), 0.0)
-    return torch.where((broken & mask).any() | ~mask.any(), torch.nan, gaps), r.counts
+    confidence, accuracy = (torch.where(r.counts > 0, part, 0.0) for part in (r.confidence, r.accuracy))
+    nothing = (broken & mask).any() | ~mask.any()
+    return r._replace(confidence=confidence, accuracy=torch.where(nothing, torch.nan, accuracy))
 
 
 def _labels(probs: Tensor, y: Tensor, mask: Tensor) -> Tensor:

@@ -32,11 +32,17 @@ def gaussian_kl(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Ten
     return torch.where((failed1 > 0) | (failed2 > 0), torch.nan, squares / 2 + log_volumes).to(mean1.dtype)
 
 
-def sd_ratio(draws: Tensor, reference: Tensor) -> Tensor:
-    """sd of ``draws (S, T, D)`` over sd of ``reference (S', T, D)``, ``(T, D)``; below 1 is overconfident."""
-    if min(len(draws), len(reference)) < 2:
-        raise ValueError(f"expected at least 2 draws of each, got {len(draws)} and {len(reference)} of the reference")
-    return draws.std(0) / reference.std(0)
+def sd_ratio(draws: Tensor, reference_draws: Tensor) -> Tensor:
+    """sd of ``draws (S, T, D)`` over sd of ``reference_draws (S', T, D)``, ``(T, D)``; below 1 is overconfident.
+
+    A ValueError where there are fewer than 2 of either, or their ``(T, D)`` differ.
+    """
+    if min(len(draws), len(reference_draws)) < 2:
+        raise ValueError(f"expected at least 2 draws of each, got {len(draws)} and {len(reference_draws)} of the reference")
+    if draws.shape[1:] != reference_draws.shape[1:]:
+        got = f"{tuple(draws.shape)} and {tuple(reference_draws.shape)}"
+        raise ValueError(f"expected draws (S, T, D) of the same tasks and parameters, got {got}")
+    return draws.std(0) / reference_draws.std(0)
 
 
 def _double(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Scores of a predictive for a real (or counted) target."""
+"""Scores of a predictive for a real (or counted) target. A ValueError says which shape or number of draws is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .intervals import task_mean
 
 
 def rmse(mean: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Root mean squared error of each task, ``(T,)``, from ``mean``, ``y``, ``mask``, each ``(T, N)``; NaN without points."""
+    """Root mean squared error of each task, ``(T,)``, in units of y; ``mean``, ``y``, ``mask`` are ``(T, N)``. NaN without points."""
     return task_mean((mean - y) ** 2, mask).sqrt()
 
 
@@ -31,15 +31,19 @@ def crps(samples: Tensor, y: Tensor, *, fair: bool = True) -> Tensor:
 
 
 def crps_normal(mean: Tensor, sd: Tensor, y: Tensor) -> Tensor:
-    """The same score in closed form for a Normal predictive (Gneiting & Raftery 2007, section 4.2, its sign turned); shapes broadcast."""
+    """The same score in closed form for a Normal predictive (Gneiting & Raftery 2007, section 4.2, its sign turned); shapes broadcast.
+
+    With sd 0 it is the absolute error. NaN where sd is negative.
+    """
     error = y - mean
-    z = error / sd
+    sd = torch.where(sd < 0, torch.nan, sd)
+    z = torch.where(error == 0, 0.0, error / sd)  # not 0 / 0: a sure prediction that is right
     pdf = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     return error * torch.erf(z / math.sqrt(2)) + sd * (2 * pdf - 1 / math.sqrt(math.pi))  # erf(z / √2) = 2 Φ(z) − 1
 
 
 def interval_coverage(lower: Tensor, upper: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Share of each task's points inside [lower, upper], ``(T,)``; all arguments ``(T, N)``. A NaN bound covers nothing."""
+    """Share of each task's points inside [lower, upper], ``(T,)``, 0 to 1; all arguments ``(T, N)``. A NaN bound covers nothing."""
     return task_mean(((lower <= y) & (y <= upper)).to(lower.dtype), mask)
 
 

@@ -59,7 +59,7 @@ def metric_intervals(
                 f"{show(estimate)}  [{show(lower)}, {show(upper)}]", (1.03, row), annotation_clip=False, **small
             )
     ax.set_xlim(low, high)
-    ax.set_yticks(range(len(estimates)), [literal(name, 30) for name in estimates])
+    ax.set_yticks(range(len(estimates)), [literal(name, 40, lines=1) for name in estimates])
     ax.set_ylim(len(estimates) - 0.5, -0.5)
     dress(ax, x=label, grid="x")
     ax.spines["left"].set_visible(False)

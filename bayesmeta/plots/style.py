@@ -64,13 +64,13 @@ def shade(colour: str) -> str:
     return to_hex((red, green, blue))
 
 
-def literal(text: str, width: int | None = None) -> str:
+def literal(text: str, width: int | None = None, *, lines: int = 2) -> str:
     """``text`` (a name that a user chose) so that matplotlib shows every dollar sign and sets no formula.
 
-    ``width``: broken into at most two lines of so many letters, the rest left out.
+    ``width``: broken into at most ``lines`` lines of so many letters, the rest left out.
     """
     if width is not None:
-        text = textwrap.fill(text, width, max_lines=2, placeholder="…")
+        text = textwrap.fill(text, width, max_lines=lines, placeholder="…")
     return text.replace("$", r"\$")
 
 

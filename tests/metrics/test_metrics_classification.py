@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from bayesmeta.metrics import accuracy, brier, expected_calibration_error, maximum_calibration_error, reliability_curve
+from bayesmeta.metrics import (
+    accuracy,
+    adaptive_calibration_error,
+    brier,
+    debiased_calibration_error,
+    expected_calibration_error,
+    maximum_calibration_error,
+    reliability_curve,
+)
 
 CASES = 200
 
@@ -64,7 +72,8 @@ def test_adaptive_ece_has_bins_of_equal_numbers_of_points():
         parts = np.array_split(order, 15)
         right = top == y.flatten().numpy()
         expected = sum(len(part) / 75 * abs(right[part].mean() - confidence[part].mean()) for part in parts)
-        assert expected_calibration_error(probs, y, mask, equal_mass=True).item() == pytest.approx(expected, abs=1e-9)
+        assert adaptive_calibration_error(probs, y, mask).item() == pytest.approx(expected, abs=1e-9)
+        assert torch.equal(adaptive_calibration_error(probs, y, mask), expected_calibration_error(probs, y, mask, equal_mass=True))
         r = reliability_curve(probs, y, mask, equal_mass=True)
         assert r.counts.tolist() == [5] * 15
         assert r.edges[0] == confidence.min() and r.edges[-1] == confidence.max()
@@ -150,7 +159,71 @@ def test_labels_of_other_integer_types():
     assert torch.equal(brier(probs, y.int(), mask), brier(probs, y, mask))
 
 
-SCORES = [accuracy, brier, expected_calibration_error, maximum_calibration_error, reliability_curve]
+LEVELS = torch.tensor([0.55, 0.65, 0.75, 0.85, 0.95], dtype=torch.float64)
+
+
+def discrete_case(truth, points, seed):
+    """One task of two classes: so many points at each of five confidences, right with the probability ``truth``."""
+    top = LEVELS.repeat_interleave(points)[None]
+    right = torch.rand(1, 5 * points, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) < truth.repeat_interleave(points)
+    return torch.stack([top, 1 - top], -1), (~right).long(), torch.ones_like(right)
+
+
+def test_debiased_error_by_a_loop():
+    below_zero = 0
+    for case in range(CASES):
+        probs, y, mask = case_of(case)
+        confidence, top = (part[mask].numpy() for part in probs.max(-1))
+        right = (top == y[mask].numpy()).astype(float)
+        parts = [(np.ceil(confidence * 15) == b + 1) for b in range(15)]
+        found = [(p.sum(), right[p].mean() - confidence[p].mean(), right[p].var(ddof=1)) for p in parts if p.sum() > 1]
+        expected = sum(n * (gap**2 - var / n) for n, gap, var in found) / sum(n for n, *_ in found)
+        got = debiased_calibration_error(probs, y, mask, equal_mass=False, squared=True)
+        assert got.item() == pytest.approx(expected, abs=1e-9)
+        root = debiased_calibration_error(probs, y, mask, equal_mass=False)
+        assert root.item() == pytest.approx(max(expected, 0) ** 0.5, abs=1e-6)
+        below_zero += expected < 0
+    assert 0 < below_zero < CASES  # both sides of the root were seen
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.3, 0.04])
+def test_debiased_error_is_unbiased_where_the_plain_one_is_not(shift):
+    points, repeats, truth = 6, 800, LEVELS + shift
+    cases = [discrete_case(truth, points, seed) for seed in range(repeats)]
+    debiased = np.array([debiased_calibration_error(*case, bins=10, equal_mass=False, squared=True).item() for case in cases])
+    curves = [reliability_curve(*case, bins=10) for case in cases]
+    plain = np.array([((r.accuracy - r.confidence) ** 2)[r.counts > 0].mean().item() for r in curves])
+    error = debiased.std(ddof=1) / repeats**0.5
+    assert abs(debiased.mean() - shift**2) < 4 * error
+    bias = (truth * (1 - truth)).mean().item() / points
+    assert bias > 10 * error, "too few repeats to tell the two apart"
+    assert abs(plain.mean() - shift**2 - bias) < 4 * plain.std(ddof=1) / repeats**0.5
+
+
+def test_a_bin_of_one_point_is_left_out_of_the_debiased_error():
+    probs, y, mask = discrete_case(LEVELS, 6, 0)
+    one = torch.cat([probs, torch.tensor([[[0.99, 0.01]]])], 1), torch.cat([y, y[:, :1]], 1), torch.ones(1, 31).bool()
+    with_it, without = (debiased_calibration_error(*case, bins=50, equal_mass=False, squared=True) for case in (one, (probs, y, mask)))
+    assert reliability_curve(*one, bins=50).counts.tolist().count(1) == 1
+    torch.testing.assert_close(with_it, without, rtol=0, atol=1e-15)
+
+
+def test_without_two_points_in_a_bin_there_is_no_debiased_error():
+    probs, y, mask = discrete_case(LEVELS, 1, 0)
+    assert expected_calibration_error(probs, y, mask, bins=10).isfinite()
+    assert debiased_calibration_error(probs, y, mask, bins=10, equal_mass=False).isnan()
+
+
+def test_debiased_error_of_a_sure_and_wrong_classifier_is_1():
+    probs = torch.tensor([1.0, 0.0]).expand(2, 5, 2)
+    assert debiased_calibration_error(probs, torch.ones(2, 5).long(), torch.ones(2, 5).bool()).item() == 1
+    assert debiased_calibration_error(probs, torch.zeros(2, 5).long(), torch.ones(2, 5).bool()).item() == 0
+
+
+SCORES = [
+    accuracy, brier, expected_calibration_error, adaptive_calibration_error, debiased_calibration_error, maximum_calibration_error,
+    reliability_curve,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("score", SCORES)

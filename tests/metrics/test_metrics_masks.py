@@ -26,7 +26,11 @@ CLASSES = {
 }
 POOLED_CLASSES = {
     "expected_calibration_error": metrics.expected_calibration_error,
-    "adaptive": lambda p, y, mask: metrics.expected_calibration_error(p, y, mask, equal_mass=True),
+    "adaptive": metrics.adaptive_calibration_error,
+    "debiased": lambda p, y, mask: metrics.debiased_calibration_error(p, y, mask, bins=4),
+    "debiased and squared": lambda p, y, mask: metrics.debiased_calibration_error(p, y, mask, bins=4, squared=True),
+    "auroc": lambda p, y, mask: metrics.auroc(p[..., 0], p[:3, :, 1], mask_in=mask, mask_out=mask[:3]),
+    "risk_coverage_area": lambda p, y, mask: metrics.risk_coverage_area(p.amax(-1), p.argmax(-1) == y, mask),
     "maximum_calibration_error": metrics.maximum_calibration_error,
     "reliability_curve": lambda p, y, mask: torch.cat(metrics.reliability_curve(p, y, mask)),
     "adaptive reliability_curve": lambda p, y, mask: torch.cat(metrics.reliability_curve(p, y, mask, equal_mass=True)),
@@ -137,7 +141,10 @@ def test_nan_at_a_point_is_a_miss(name):
     assert PER_TASK[name](p, y, mask)[1] == pytest.approx(float(hits) / 5)
 
 
-@pytest.mark.parametrize("name", ["expected_calibration_error", "adaptive", "maximum_calibration_error", "calibration_error"])
+@pytest.mark.parametrize("name", [
+    "expected_calibration_error", "adaptive", "debiased", "debiased and squared", "maximum_calibration_error", "calibration_error",
+    "auroc", "risk_coverage_area",
+])  # fmt: skip
 def test_nan_at_a_point_makes_a_pooled_error_nan(name):
     assert EVERY[name](*scene(name)).isfinite() and EVERY[name](*broken(name)).isnan()
 

@@ -109,6 +109,11 @@ def test_sd_ratio():
     assert not sd_ratio(torch.ones(5, 3, 2), reference).any()  # a point: as overconfident as can be
 
 
+def test_sd_ratio_is_of_the_same_parameters():
+    with pytest.raises(ValueError, match=r"expected draws \(S, T, D\) of the same tasks and parameters, got \(9, 3, 2\) and \(9, 3, 1\)"):
+        sd_ratio(normal(9, 3, 2), normal(9, 3, 1))
+
+
 def test_sd_ratio_needs_two_draws():
     with pytest.raises(ValueError, match="expected at least 2 draws of each, got 1 and 9 of the reference"):
         sd_ratio(normal(1, 3, 2), normal(9, 3, 2))

@@ -57,6 +57,12 @@ def test_crps_normal_is_its_integral():
 def test_crps_normal_without_spread_is_the_absolute_error():
     y = torch.tensor([1.0, -2.5])
     assert torch.equal(crps_normal(torch.zeros(2), torch.zeros(2), y), y.abs())
+    assert crps_normal(y, torch.zeros(2), y).tolist() == [0.0, 0.0]
+
+
+def test_crps_normal_of_a_negative_sd_is_nan():
+    sd = torch.tensor([-1.0, 1.0, torch.nan])
+    assert crps_normal(torch.zeros(3), sd, torch.zeros(3)).isnan().tolist() == [True, False, True]
 
 
 def test_fair_crps_is_unbiased_at_few_draws_and_the_other_is_not():

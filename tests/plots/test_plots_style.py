@@ -98,3 +98,8 @@ def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
         ax = axes_or_new(None)
         ax.set_title("county \N{CJK UNIFIED IDEOGRAPH-4E2D}")
         ax.figure.savefig(tmp_path / "a.png", dpi=30)
+
+
+def test_long_names_are_broken_and_cut():
+    assert literal("a name that is rather long", 10) == "a name\nthat is…"
+    assert literal("costs $5", 20) == r"costs \$5" and literal("a\nb", 20, lines=1) == "a b"
