@@ -12,6 +12,7 @@ from .checkpoints import CheckpointError
 from .comparison import compare
 from .episodes import Episode, Points
 from .evaluation import evaluate
+from .full_bayes import sample_theta
 from .learners.base import AbstractAdapter, AbstractMetaLearner
 from .model import HierarchicalModel
 from .posteriors import Particles, Predictive, TaskPosterior
@@ -43,5 +44,6 @@ __all__ = [
     "metrics",
     "networks",
     "plots",
+    "sample_theta",
     "tasks",
 ]

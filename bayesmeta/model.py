@@ -356,6 +356,11 @@ class HierarchicalModel(nn.Module):
         """log p(φ | θ) and log p(y | φ, θ), each ``(*S, T)``, in one run of the program."""
         return self._parts(self._run(Packed(self._checked(phi)), self.prepare(points)), phi)
 
+    def log_full_joint(self, phi: Tensor, theta: Tensor, points: Points | Episode) -> Tensor:
+        """log p(y, φ, θ) of all tasks together, ``()``, at ``phi (T, D)`` and ``theta (G,)``, both packed, Jacobians included."""
+        run = self._run(Packed(self._checked(phi)), self.prepare(points), Packed(theta))
+        return run.hyper + torch.as_tensor(run.prior).sum() + torch.as_tensor(run.likelihood).sum()
+
     def mean_field_parts(self, phi: Tensor, mean: Tensor, sd: Tensor, points: Points | Episode) -> tuple[Tensor, Tensor]:
         """For draws ``phi (*S, T, D)`` of q = N(mean, sd²) per task: −KL(q ‖ p(φ | θ)) and log p(y | φ, θ), each ``(*S, T)``.
 

@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bayesmeta"
 
 # Each room and the rooms it may import from; a room may always import from itself.
-GROUND = {"randomness", "packing", "episodes", "networks", "likelihoods", "posteriors"}
+GROUND = {"randomness", "sampling", "packing", "episodes", "networks", "likelihoods", "posteriors"}
 MAY_IMPORT = {
     "randomness": set(),
+    "sampling": set(),
     "packing": {"randomness"},
     "episodes": set(),
     "networks": set(),
@@ -20,8 +21,9 @@ MAY_IMPORT = {
     "tasks": {"episodes", "randomness"},
     "handlers": {"episodes", "packing"},
     "survey": {"episodes", "handlers", "packing"},
-    "model": GROUND | {"handlers", "survey"},
+    "model": (GROUND - {"sampling"}) | {"handlers", "survey"},
     "learners": GROUND | {"model"},
+    "full_bayes": {"episodes", "model", "randomness", "sampling"},
     "checkpoints": set(),
     "plots": {"metrics"},
     "report": {"metrics", "plots"},
@@ -72,7 +74,8 @@ def imports(path):
             continue
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield ((tuple(alias.name.split("."))[1:], "bayesmeta") if alias.name.startswith("bayesmeta") else (None, alias.name.split(".")[0]))
+                top, *inside = alias.name.split(".")
+                yield (tuple(inside) if top == "bayesmeta" else None), top
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
             if node.level:

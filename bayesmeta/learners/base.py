@@ -83,6 +83,7 @@ class LazyParameter(nn.Module):
     def __init__(self, make: Callable[[HierarchicalModel], Tensor]) -> None:
         super().__init__()
         self.make = make
+        self.value: nn.Parameter
         self.register_parameter("value", None)
 
     def build(self, model: HierarchicalModel) -> None:

@@ -8,8 +8,9 @@ q(φ | S_i) is a Delta at φ̂_i: a flat prior and no uncertainty. The loss is t
 noise it is restricted maximum likelihood, so the noise pooled over training tasks is Σ RSS_i / Σ (N_i − rank_i), not biased by the
 φ's that were fitted. θ's prior parameters play no part.
 
-For D ≤ ``newton_dim`` the estimate takes Newton steps with a pseudo-inverse (exact in one for a linear model); where the maximum lies
-at infinity (classes that can be told apart) it stops after ``inner_steps`` on the way there. For larger D, ``inner_steps`` Adam steps from φ_c, and the noise is learned on the query set, since a network fits its support to the point.
+For D ≤ ``newton_dim`` the estimate takes Newton steps with a pseudo-inverse (exact in one for a linear model); where the maximum
+lies at infinity (classes that can be told apart) it stops after ``inner_steps`` on the way there. For larger D, ``inner_steps``
+Adam steps from φ_c, and the noise is learned on the query set, since a network fits its support to the point.
 """
 
 from __future__ import annotations

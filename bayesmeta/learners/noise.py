@@ -17,7 +17,7 @@ def standard_noise(size: tuple[int, int, int], kind: str, *, like: Tensor) -> Te
     S), and each dimension is scaled to a sample variance of exactly 1. ``"whitened"``: where S > D the sample mean is exactly 0
     and the sample covariance exactly the identity, so that the mean of any quadratic is its expectation; elsewhere antithetic.
     """
-    draws, batch, dim = size
+    draws, _, dim = size
     noise = torch.randn(size, dtype=like.dtype, device=like.device)
     if kind == "iid" or draws == 1:
         return noise

@@ -9,18 +9,14 @@ hold divergences, the largest split R̂ and the smallest effective sample size, 
 
 from __future__ import annotations
 
-import warnings
-
-import pyro
-import pyro.infer
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from ..episodes import Points
 from ..model import HierarchicalModel
 from ..posteriors import Particles, TaskPosterior
 from ..randomness import rng
+from ..sampling import chain_diagnostics, nuts_chain, warn_of_chains
 from .base import AbstractAdapter, checked_steps
 
 
@@ -53,35 +49,13 @@ class NUTS(AbstractAdapter):
         with rng(generator):
             runs = [[self._chain(group) for _ in range(self.chains)] for group in groups]
         draws = torch.cat([torch.stack([phi for phi, _ in chains]) for chains in runs], 2)  # (chains, S, T, D)
-        divergences = sum(count for chains in runs for _, count in chains)
-        diagnostics: dict[str, float | str] = {
-            "divergences": float(divergences),
-            "max_r_hat": float(split_gelman_rubin(draws, chain_dim=0, sample_dim=1).max()),
-            "min_effective_draws": float(effective_sample_size(draws, chain_dim=0, sample_dim=1).min()),
-        }
-        self._warn(diagnostics)
+        diagnostics = chain_diagnostics(draws, sum(count for chains in runs for _, count in chains))
+        warn_of_chains(diagnostics, self.chains)
         return TaskPosterior(self.model, Particles(draws.flatten(0, 1), chains=self.chains), diagnostics)
 
     def _chain(self, support: Points) -> tuple[Tensor, int]:
-        def potential(values: dict[str, Tensor]) -> Tensor:
-            return -self.model.log_joint(values["phi"], support).sum()
-
-        start = self.model.prior(support).sample()
-        with pyro.validation_enabled(False):
-            kernel = pyro.infer.NUTS(potential_fn=potential, target_accept_prob=self.target_accept)
-            mcmc = pyro.infer.MCMC(
-                kernel, self.num_draws, warmup_steps=self.warmup, initial_params={"phi": start}, disable_progbar=True
-            )
-            mcmc.run()
-        divergences = len(mcmc.diagnostics()["divergences"]["chain 0"])
-        return mcmc.get_samples()["phi"].detach(), divergences
-
-    def _warn(self, diagnostics: dict[str, float | str]) -> None:
-        advice = {
-            "divergences": (float(diagnostics["divergences"]) > 0, "raise target_accept (0.95) or write the program non-centred"),
-            "max_r_hat": (not float(diagnostics["max_r_hat"]) <= 1.01, "take more warmup and draws"),
-            "min_effective_draws": (not float(diagnostics["min_effective_draws"]) >= 100 * self.chains, "take more draws"),
-        }
-        for name, (wrong, what) in advice.items():
-            if wrong:
-                warnings.warn(f"NUTS: {name} is {diagnostics[name]:.4g}: {what}", RuntimeWarning, stacklevel=3)
+        draws, divergences = nuts_chain(
+            lambda values: self.model.log_joint(values["phi"], support).sum(), {"phi": self.model.prior(support).sample()},
+            num_draws=self.num_draws, warmup=self.warmup, target_accept=self.target_accept,
+        )  # fmt: skip
+        return draws["phi"], divergences

@@ -87,7 +87,8 @@ def debiased_calibration_error(
     """
     r = _scored(probs, y, mask, bins=bins, equal_mass=equal_mass)
     chance = r.accuracy * (1 - r.accuracy) / (r.counts - 1)
-    gaps, counts = ((part[r.counts > 1]) for part in ((r.accuracy - r.confidence) ** 2 - chance, r.counts))
+    several = r.counts > 1
+    gaps, counts = ((r.accuracy - r.confidence) ** 2 - chance)[several], r.counts[several]
     error = (counts * gaps).sum() / counts.sum()
     return error if squared else error.clamp(min=0).sqrt()
 

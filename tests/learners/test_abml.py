@@ -74,7 +74,8 @@ def test_svi_and_meta_train_take_the_same_path(float64, program):
     e = episode(counts_as_targets=True)
     one, two = (HierarchicalModel(program, example=e) for _ in range(2))
     ours = ABML(one, inner_steps=3, inner_lr=0.05)
-    history = meta_train(ours, e, steps=20, generator=torch.Generator().manual_seed(3), optimizer=lambda p: torch.optim.Adam(p, 0.02, eps=1e-12))
+    adam = lambda p: torch.optim.Adam(p, 0.02, eps=1e-12)  # noqa: E731
+    history = meta_train(ours, e, steps=20, generator=torch.Generator().manual_seed(3), optimizer=adam)
     theirs = ABML(two, inner_steps=3, inner_lr=0.05)
     pyro.set_rng_seed(3)
     svi = SVI(two, theirs.guide, pyro.optim.Adam({"lr": 0.02, "eps": 1e-12}), TraceMeanField_ELBO())

@@ -166,7 +166,7 @@ def test_padding_amount_changes_nothing_to_1e6(name):
 
 @every_meta_learner
 def test_the_order_of_points_does_not_matter(name):
-    learner, e = make(name)
+    learner, _ = make(name)
     full = Episode(*(Points.of(torch.randn(4, n, 1), torch.randn(4, n)) for n in (5, 6)))
     shuffled = Episode(*(Points(p.x[:, order], p.y[:, order], p.mask) for p in full for order in [torch.randperm(p.num_points)]))
     for a, b in zip(*(numbers(learner.adapt(x.support, generator=seeded())) for x in (full, shuffled)), strict=True):
@@ -202,7 +202,7 @@ def test_what_point_learners_do_not_train(name):
 
 @every_learner
 def test_empty_support(name):
-    learner, e = make(name)
+    learner, _ = make(name)
     model = learner.model
     empty = ragged((0, 0))._replace(y=None, x=torch.zeros(2, 0, 1))
     posterior = learner.adapt(empty, generator=seeded())

@@ -76,7 +76,7 @@ def test_empirical_bayes_recovers_theta(float64):
 
 def test_a_model_that_is_not_quadratic_is_refused(float64):
     e = episode(counts_as_targets=True)
-    with pytest.raises(ValueError, match="not quadratic.*use NUTS"):
+    with pytest.raises(ValueError, match=r"not quadratic.*use NUTS"):
         Exact(HierarchicalModel(positive_program, example=e)).adapt(e.support)
 
 

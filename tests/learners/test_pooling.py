@@ -12,7 +12,8 @@ from .closed_forms import design
 
 
 def trained(learner, e, steps=3000):
-    meta_train(learner, e, steps=steps, optimizer=lambda p: torch.optim.Adam(p, 0.02), schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps))
+    cosine = lambda optimiser: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)  # noqa: E731
+    meta_train(learner, e, steps=steps, optimizer=lambda p: torch.optim.Adam(p, 0.02), schedule=cosine)
     return learner
 
 

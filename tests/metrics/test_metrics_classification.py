@@ -186,6 +186,17 @@ def test_debiased_error_by_a_loop():
     assert 0 < below_zero < CASES  # both sides of the root were seen
 
 
+def test_debiased_error_has_bins_of_equal_numbers_of_points_if_not_told_otherwise():
+    for case in range(CASES):
+        probs, y, _ = case_of(case, tasks=3, points=25)
+        confidence, top = (part.flatten().numpy() for part in probs.max(-1))
+        right = (top == y.flatten().numpy()).astype(float)
+        parts = np.array_split(np.argsort(confidence), 15)  # 5 points each
+        expected = np.mean([(right[p].mean() - confidence[p].mean()) ** 2 - right[p].var(ddof=1) / 5 for p in parts])
+        got = debiased_calibration_error(probs, y, torch.ones_like(y, dtype=torch.bool), squared=True)
+        assert got.item() == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("shift", [0.0, -0.3, 0.04])
 def test_debiased_error_is_unbiased_where_the_plain_one_is_not(shift):
     points, repeats, truth = 6, 800, LEVELS + shift

@@ -63,6 +63,8 @@ def test_two_values_are_bars_with_points_spread_over_them():
     wide = [(x, c.lower90[i], c.upper90[i]) for i, x in enumerate(FLOOR)]
     narrow = [(x, c.lower50[i], c.upper50[i]) for i, x in enumerate(FLOOR)]
     np.testing.assert_allclose(bars, wide + narrow)
+    tints = [tint(PALETTE[0], strength) for strength in (BAND90, BAND90, BAND50, BAND50)]
+    assert [to_hex(bar.get_facecolor()) for bar in ax.patches] == tints
     (points,) = lines_with(ax, "o")
     x = points.get_xdata()
     assert len(set(x)) == 30 and np.abs(x).max() < 0.4 * 0.5  # apart, and well inside the bar
@@ -101,12 +103,15 @@ def test_limits_show_all_points_and_no_endless_band():
 
 def test_grid_has_a_row_a_learner_and_before_stands_first():
     rows = {"a": [band(SMOOTH, [0, 1, 2], [1, 2, 3], name="A$")], "b": [band(SMOOTH, [0, 1, 2], [1, 2, 3])]}
+    before = rows["a"][0].before = curves(SMOOTH, mean=0.5)
     axes = bands_grid(rows, x="dose", y="reply")
     assert [len(row) for row in axes] == [2, 2]
     assert axes[0][0].get_title("left") == "before any data" and axes[0][1].get_title("left") == r"A\$, n = 2"
     assert [row[0].get_ylabel() for row in axes] == ["a", "b"]
     assert not lines_with(axes[0][0], "o") and len(lines_with(axes[0][1], "o")) == 2
     assert len({ax.get_ylim() for row in axes for ax in row}) == 1
+    assert np.array_equal(axes[0][0].lines[-1].get_ydata(), before.mean)
+    assert np.array_equal(axes[0][1].lines[-3].get_ydata(), rows["a"][0].after.mean)  # under query and support
     assert axes[0][0].figure.get_supxlabel() == "dose" and axes[0][0].figure.get_supylabel() == "reply"
 
 

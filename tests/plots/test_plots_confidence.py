@@ -21,6 +21,14 @@ def test_bins_are_those_of_metrics():
     np.testing.assert_allclose(ours.edges, theirs.edges, atol=1e-15)
 
 
+def test_a_bin_is_closed_above():
+    probs = np.array([[[0.6, 0.4], [0.61, 0.39], [1.0, 0.0]]])  # 0.6 is the edge of the third of five bins
+    ours = reliability(probs, np.zeros((1, 3)), bins=5)
+    y = torch.zeros(1, 3, dtype=torch.long)
+    theirs = metrics.reliability_curve(torch.as_tensor(probs), y, y >= 0, bins=5)
+    assert ours.counts.tolist() == theirs.counts.tolist() == [0, 0, 1, 1, 1]
+
+
 def test_padding_is_never_looked_at():
     spoiled = PROBS.copy()
     spoiled[2, 6:] = np.nan

@@ -56,6 +56,7 @@ def test_what_lies_far_out_becomes_a_triangle_at_the_edge():
     alone = np.concatenate([RNG.normal(size=98), [1e6, -1e6]])
     ax = shrinkage(alone, alone.clip(-2, 2), 0.0, np.arange(1, 101))
     (_, up, down, _), _ = drawn(ax)
+    assert [line.get_marker() for line in ax.lines[1:]] == ["o", "^", "v", "o"]
     low, high = ax.get_ylim()
     assert high < 10 and low > -10 and (up[:, 1] == high).all() and (down[:, 1] == low).all()
     assert up[:, 0].max() / 0.99 >= 99 and "beyond the axis" in [t.get_text() for t in ax.get_legend().get_texts()]

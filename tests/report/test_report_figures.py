@@ -64,6 +64,8 @@ def test_bands_of_a_task_before_and_after(report):
     assert after.get_ylim() == before.get_ylim()
     mean = report.results["NUTS"].bands[1].after.mean
     assert [bar.get_y() for bar in after.patches[:2]] == pytest.approx(list(mean - 1.6))
+    mean = report.results["NUTS"].bands[1].before.mean
+    assert [bar.get_y() for bar in before.patches[:2]] == pytest.approx(list(mean - 1.6))
     for options, message in (({"task": 2}, "from 0 to 1.*got 2"), ({"when": "now"}, "'now'")):
         with pytest.raises(ValueError, match=message):
             report.plot("bands", **options)
