@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     one.add_argument("family", nargs="?", default="radon", help=f"{', '.join(FAMILIES)}, or a CSV file of grouped rows (default: radon)")
-    one.add_argument("--learners", nargs="+", metavar="NAME", help="which learners, say NoPooling MAML ABML NUTS Exact (default: those that suit the family)")
+    one.add_argument(
+        "--learners", nargs="+", metavar="NAME",
+        help="which learners, say NoPooling MAML ABML NUTS Exact (default: those that suit the family)",
+    )
     one.add_argument("--steps", type=int, help="training steps of each learner (default: the family's own)")
     one.add_argument("--seed", type=int, default=0, help="seed of everything: data splits, initial weights, training, draws (default: 0)")
     one.add_argument("--tasks", type=int, help="how many held-out tasks of an endless family (default: 1000)")
@@ -60,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--group", nargs="+", metavar="COLUMN", help="the column, or columns, that say which group a row belongs to")
     table.add_argument("--features", nargs="+", metavar="COLUMN", help="columns of numbers to predict from; they are standardised")
     table.add_argument("--target", metavar="COLUMN", help="the column to predict")
-    table.add_argument("--support", type=int, default=5, metavar="N", help="rows of each group that are seen; the rest are predicted (default: 5)")
+    table.add_argument(
+        "--support", type=int, default=5, metavar="N", help="rows of each group that are seen; the rest are predicted (default: 5)"
+    )
     one.add_argument("--quiet", action="store_true", help="print the table only")
     return parser
 
@@ -90,8 +95,8 @@ def _panel(options: argparse.Namespace, say: object) -> Panel:
     if missing:
         raise ValueError(f"a CSV file needs {', '.join(missing)}: which columns are the group, the features and the target")
     panel = Panel.from_csv(
-        options.family, group=options.group if len(options.group) > 1 else options.group[0], features=options.features, target=options.target,
-        num_support=options.support, standardize=True, seed=options.seed,
+        options.family, group=options.group if len(options.group) > 1 else options.group[0], features=options.features,
+        target=options.target, num_support=options.support, standardize=True, seed=options.seed,
     )  # fmt: skip
     say(panel.summary())  # type: ignore[operator]
     return panel

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -26,7 +27,7 @@ from .likelihoods import Gaussian
 from .model import HierarchicalModel
 from .networks import WeightNetwork
 from .report import Report
-from .tasks import LinearGaussian, Panel, Sinusoid, SineOrLine, TaskFamily
+from .tasks import LinearGaussian, Panel, SineOrLine, Sinusoid, TaskFamily
 from .training import History, meta_train
 
 FAMILIES = ("radon", "sinusoid", "sine-or-line", "linear-gaussian")
@@ -86,7 +87,7 @@ def compare(
         source = next((name for name in ("Exact", "ABML", "MAML") if name in trained), None)
         model = trained[source].model if source else recipe.model
         trained["NUTS"] = recipe.learners["NUTS"](model)
-        notes.append(f"NUTS learns no θ: it uses the one that {source} learned." if source else "NUTS learns no θ: it uses the one it starts with.")
+        notes.append(f"NUTS learns no θ: it uses the one that {f'{source} learned' if source else 'it starts with'}.")
     say(f"evaluating on {_how_many(recipe.test, num_tasks)} held-out tasks")
     return evaluate(
         {name: trained[name] for name in recipe.learners if name in trained}, recipe.test, num_tasks=num_tasks, seed=seed,
@@ -110,7 +111,8 @@ def hierarchical_regression(mean: Tensor, sd: Tensor, noise: float) -> Callable[
             y_hat = level[..., None]
             for f, slope in enumerate(slopes):
                 y_hat = y_hat + slope[..., None] * points.x[..., f]
-            pyro.sample("y", dist.Normal(y_hat.expand(level.shape + points.mask.shape[1:]), residual).mask(points.mask).to_event(1), obs=points.y)
+            y_hat = y_hat.expand(level.shape + points.mask.shape[1:])
+            pyro.sample("y", dist.Normal(y_hat, residual).mask(points.mask).to_event(1), obs=points.y)
 
     return program
 
@@ -138,7 +140,8 @@ def _radon() -> Recipe:
 
 
 def _linear_gaussian() -> Recipe:
-    family = LinearGaussian(weight_mean=torch.tensor([1.0, -0.5]), weight_cov=torch.diag(torch.tensor([1.0, 0.25])), noise=0.5, num_support=(0, 8))
+    mean, cov = torch.tensor([1.0, -0.5]), torch.diag(torch.tensor([1.0, 0.25]))
+    family = LinearGaussian(weight_mean=mean, weight_cov=cov, noise=0.5, num_support=(0, 8))
     model = HierarchicalModel(hierarchical_regression_without_level(2), example=family.sample(1, generator=_seeded()).query)
     return Recipe(
         title="Linear-Gaussian tasks", train=family, test=family, model=model, learners=_regression_learners(),
@@ -171,7 +174,7 @@ def _sine_or_line() -> Recipe:
 
 def _network_recipe(title: str, family: TaskFamily, sizes: tuple[int, ...]) -> Recipe:
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     model = HierarchicalModel.from_network(WeightNetwork(nn.Sequential(*layers[:-1])), Gaussian())
     learners: dict[str, Make] = {

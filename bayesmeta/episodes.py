@@ -213,7 +213,9 @@ class Episode(NamedTuple):
 
     def _check_full(self, what: str) -> None:
         if not bool(self.support.mask.all() and self.query.mask.all()):
-            raise ValueError(f"{what}: this episode has padded points and that form has no mask; use support.to_tasks() and query.to_tasks()")
+            raise ValueError(
+                f"{what}: this episode has padded points and that form has no mask; use support.to_tasks() and query.to_tasks()"
+            )
 
 
 def _pad(values: Sequence[Tensor], name: str) -> Tensor:

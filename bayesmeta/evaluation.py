@@ -102,7 +102,8 @@ def _result(
         sites = _site_means(posterior, num_draws, generator)
     return LearnerResult(
         metrics={k: v.cpu().numpy() for k, v in scores.items()}, **arrays, seconds=seconds, gradient_evaluations=gradients,
-        sites={k: v.cpu().numpy() for k, v in sites.items()}, bands=_bands(adapter, posterior, episode, shown, names, num_draws, seed, units),
+        sites={k: v.cpu().numpy() for k, v in sites.items()},
+        bands=_bands(adapter, posterior, episode, shown, names, num_draws, seed, units),
         diagnostics=posterior.diagnostics, settings=_settings(adapter),
     )  # fmt: skip
 
@@ -176,7 +177,8 @@ def _bands(
             sets += [x_units(points.x[task, real, 0]).numpy(), y_units(points.y[task, real].flatten()).numpy()]
         curves = [_one(c, i, grids[i], units) for c in (before, after)]
         bands.append(Bands(
-            task=task, name=names[task], before=curves[0], after=curves[1], support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3]
+            task=task, name=names[task], before=curves[0], after=curves[1],
+            support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3],
         ))  # fmt: skip
     return tuple(bands)
 
@@ -225,8 +227,9 @@ def _inputs(episode: Episode, task: int, grid: Tensor) -> Tensor:
 
 
 def _task_names(family: TaskFamily | Episode, episode: Episode) -> list[str]:
-    if hasattr(family, "task_names") and getattr(family, "num_tasks", None) == episode.num_tasks:
-        return [str(name) for name in family.task_names()]
+    names = getattr(family, "task_names", None)
+    if names is not None and getattr(family, "num_tasks", None) == episode.num_tasks:
+        return [str(name) for name in names()]
     return [f"task {i}" for i in range(episode.num_tasks)]
 
 

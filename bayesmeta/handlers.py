@@ -147,12 +147,12 @@ class Run(Messenger):
                 raise AllSitesSeen
 
     def _count(self, msg: Any, term: Tensor | float) -> None:
-        term, mask = torch.as_tensor(term) * msg["scale"], msg["mask"]
-        term = term if mask is None else torch.where(torch.as_tensor(mask), term, 0.0)
+        value, mask = torch.as_tensor(term) * msg["scale"], msg["mask"]
+        value = value if mask is None else torch.where(torch.as_tensor(mask), value, 0.0)
         if any(frame.name == TASKS for frame in msg["cond_indep_stack"]):
-            self.prior = self.prior + (term.sum(-1) if self.plates == 2 and term.dim() else term)
+            self.prior = self.prior + (value.sum(-1) if self.plates == 2 and value.dim() else value)
         else:
-            self.hyper = self.hyper + term.sum()
+            self.hyper = self.hyper + value.sum()
 
 
 class Part(NamedTuple):
@@ -186,6 +186,7 @@ class Packed:
         self.values, self.jacobian = values, jacobian
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, Tensor]:
+        """The site's constrained value and its term (see `Fill`)."""
         u = part.of(self.values)
         value = transform(u)
         term = fn.log_prob(value)
@@ -203,6 +204,7 @@ class MeanField:
         self.values, self.mean, self.sd = values, mean, sd
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, Tensor]:
+        """The site's constrained value and its term (see `Fill`)."""
         guide = site_normal(part.of(self.mean), part.of(self.sd), transform, fn)
         value = transform(part.of(self.values))
         return value, -site_kl(guide, fn, value)
@@ -216,6 +218,7 @@ class Moments:
         self.sds: list[Tensor] = []
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, float]:
+        """The site's constrained value and its term (see `Fill`)."""
         shape = transform.inverse_shape(fn.event_shape)
         mean, sd = packed_moments(fn, transform, shape)
         axes = (*mean.shape[: 1 if part.plates else 0], part.site.size)
@@ -227,11 +230,12 @@ class Moments:
 class Ancestral:
     """A draw from the site's prior, ``draws`` in front; collects the ``packed`` values."""
 
-    def __init__(self, draws: torch.Size = torch.Size()) -> None:
-        self.draws = draws
+    def __init__(self, draws: tuple[int, ...] = ()) -> None:
+        self.draws = torch.Size(draws)
         self.packed: list[Tensor] = []
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, float]:
+        """The site's constrained value and its term (see `Fill`)."""
         own = fn.batch_shape[len(fn.batch_shape) - part.plates :] if part.plates else fn.batch_shape
         fn = fn.expand(self.draws + own)
         value = fn.rsample() if fn.has_rsample else fn.sample()
@@ -248,6 +252,7 @@ class Condition:
         self.packed: list[Tensor] = []
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, float]:
+        """The site's constrained value and its term (see `Fill`)."""
         value = self.values[part.site.name]
         batch = value.shape[: value.dim() - len(part.site.event_shape)]
         value = value.reshape(*batch, *(1,) * (part.plates - 1), *part.site.event_shape)

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -56,6 +56,8 @@ class HierarchicalModel(nn.Module):
         self._normal_prior = self._global_factors = False
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
+        self._anchor: Tensor
+        self.theta_draws: Tensor
         self.gradient_evaluations = 0.0
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows the device and dtype that .to() asked for
         self._default_dtype = torch.get_default_dtype()
@@ -134,7 +136,9 @@ class HierarchicalModel(nn.Module):
         key = name.replace(".", "__")
         if key not in self.params:
             if self._sites is not None:
-                raise ModelError(f"pyro.param('{name}') was not there when the program was first run: parameters must not depend on the data")
+                raise ModelError(
+                    f"pyro.param('{name}') was not there when the program was first run: parameters must not depend on the data"
+                )
             if not args:
                 raise ModelError(f"pyro.param('{name}') has no initial value: write pyro.param('{name}', tensor)")
             if isinstance(args[0], nn.Parameter):
@@ -391,8 +395,9 @@ class HierarchicalModel(nn.Module):
         if not self.theta_sites:
             return None
         for name in ("theta_loc", "theta_log_scale"):
-            if name in self._parameters:
-                announce(name, self._parameters[name])  # so that SVI trains them
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                announce(name, parameter)  # so that SVI trains them
         kinds: dict[str, tuple[Any, Any]] = {}
         values = self._theta_values()
         with poutine.block():
@@ -441,8 +446,8 @@ class HierarchicalModel(nn.Module):
 
     def noise(self, tasks: int) -> Tensor:
         """Standard normal noise ``(T, D)`` from torch's global stream, drawn site by site as `sample_task_sites` does."""
-        like = {"dtype": self._anchor.dtype, "device": self._anchor.device}
-        return torch.cat([torch.randn(tasks, *site.shape, **like).reshape(tasks, -1) for site in self.sites], -1)
+        dtype, device = self._anchor.dtype, self._anchor.device
+        return torch.cat([torch.randn(tasks, *site.shape, dtype=dtype, device=device).reshape(tasks, -1) for site in self.sites], -1)
 
     # --- running the program
 
@@ -473,7 +478,7 @@ class HierarchicalModel(nn.Module):
 class ProgramPrior(dist.TorchDistribution):
     """p(φ | θ) of a program in packed space, batch ``(T,)``, event ``(D,)``: its log density and its draws run the program."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
     def __init__(self, model: HierarchicalModel, points: Points, mean: Tensor, sd: Tensor) -> None:
@@ -491,7 +496,7 @@ class ProgramPrior(dist.TorchDistribution):
         """``(T, D)``."""
         return self._sd**2
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws ``(*sample_shape, T, D)``, site after site."""
         with torch.no_grad():
             ancestral = Ancestral(torch.Size(sample_shape))

@@ -45,6 +45,7 @@ class WeightNetwork(AbstractNetwork):
         parameters = dict(module.named_parameters())
         if not parameters:
             raise ValueError(f"WeightNetwork: {type(module).__name__} has no parameters to adapt")
+        self._initial: Tensor
         self._names = list(parameters)
         self._shapes = [p.shape for p in parameters.values()]
         self._sizes = [p.numel() for p in parameters.values()]
@@ -103,7 +104,8 @@ class HeadNetwork(AbstractNetwork):
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, O)``."""
         features = self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if features.shape[-1] != self.num_features:
-            raise ValueError(f"HeadNetwork: features put out {features.shape[-1]} numbers a point, expected num_features={self.num_features}")
+            got = features.shape[-1]
+            raise ValueError(f"HeadNetwork: features put out {got} numbers a point, expected num_features={self.num_features}")
         weight, bias = phi.split([self.num_outputs * self.num_features, self.num_outputs * self.bias], -1)
         out = features @ weight.unflatten(-1, (self.num_outputs, self.num_features)).mT
         return out + bias[..., None, :] if self.bias else out

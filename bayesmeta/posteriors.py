@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
@@ -28,7 +28,7 @@ class Particles(dist.TorchDistribution):
     ``chains``: the values are that many chains of equal length behind each other.
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
     def __init__(self, values: Tensor, *, chains: int = 1) -> None:
@@ -47,7 +47,7 @@ class Particles(dist.TorchDistribution):
         """``(T, D)``, of the particles (divided by M)."""
         return self.values.var(0, unbiased=False)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Particles chosen at random, for each task on its own: ``(*sample_shape, T, D)``."""
         shape = torch.Size(sample_shape) + self.batch_shape
         index = torch.randint(len(self.values), shape, device=self.values.device)

@@ -90,7 +90,9 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
         name, fn = statement.name, statement.fn
         other = large.statements.get(name)
         if other is None:
-            raise ModelError(f"site '{name}' is there for {tasks} tasks and not for {tasks2}: the program's sites must not depend on the data")
+            raise ModelError(
+                f"site '{name}' is there for {tasks} tasks and not for {tasks2}: the program's sites must not depend on the data"
+            )
         if statement.observed:
             continue
         if not any(frame[0] == TASKS for frame in statement.frames):
@@ -126,21 +128,35 @@ def _check_target(survey: Survey, tasks: int, points: int) -> int:
     frames = {f for s in survey.statements.values() for f in s.frames}
     names = sorted({f[0] for f in frames})
     if TASKS not in names:
-        raise ModelError(f'no plate named "{TASKS}" (plates found: {names or "none"}): put what belongs to a task inside `with pyro.plate("{TASKS}", points.num_tasks):`')
+        raise ModelError(
+            f'no plate named "{TASKS}" (plates found: {names or "none"}): put what belongs to a task inside '
+            f'`with pyro.plate("{TASKS}", points.num_tasks):`'
+        )
     if target is None:
-        raise ModelError(f'no site named "{TARGET}" (sites found: {sorted(survey.statements)}): observe the targets with `pyro.sample("{TARGET}", ..., obs=points.y)`')
+        raise ModelError(
+            f'no site named "{TARGET}" (sites found: {sorted(survey.statements)}): observe the targets with '
+            f'`pyro.sample("{TARGET}", ..., obs=points.y)`'
+        )
     if not target.observed:
         raise ModelError(f'site "{TARGET}" is not observed: write `pyro.sample("{TARGET}", ..., obs=points.y)`')
     of_target = {name: (dim, size) for name, dim, size in target.frames}
     if TASKS not in of_target:
-        raise ModelError(f'site "{TARGET}" stands outside the tasks plate: move it inside `with pyro.plate("{TASKS}", points.num_tasks):`')
+        raise ModelError(
+            f'site "{TARGET}" stands outside the tasks plate: move it inside `with pyro.plate("{TASKS}", points.num_tasks):`'
+        )
     dim, size = of_target[TASKS]
     if size != tasks:
-        raise ModelError(f'the plate "{TASKS}" has size {size} for {tasks} tasks: give it `points.num_tasks` and no subsample_size (minibatches of tasks are drawn by the package)')
+        raise ModelError(
+            f'the plate "{TASKS}" has size {size} for {tasks} tasks: give it `points.num_tasks` and no subsample_size '
+            "(minibatches of tasks are drawn by the package)"
+        )
     inner = [(name, d, n) for name, (d, n) in of_target.items() if name != TASKS]
     if not ((not inner and dim == -1) or (len(inner) == 1 and dim == -2 and inner[0][1] == -1)):
         placed = ", ".join(f"'{name}' at dim {d}" for name, (d, _) in of_target.items())
-        raise ModelError(f'the plates round "{TARGET}" are {placed}: expected "{TASKS}" alone at dim=-1, or "{TASKS}" at dim=-2 with one plate over points at dim=-1 inside it')
+        raise ModelError(
+            f'the plates round "{TARGET}" are {placed}: expected "{TASKS}" alone at dim=-1, or "{TASKS}" at dim=-2 with one plate '
+            "over points at dim=-1 inside it"
+        )
     fn = target.fn
     base, axes, _ = peel(fn)
     batch = tuple(base.batch_shape)
@@ -152,8 +168,9 @@ def _check_target(survey: Survey, tasks: int, points: int) -> int:
         good = axes >= 1 and batch[:2] == (tasks, points)
     if not good:
         raise ModelError(
-            f'site "{TARGET}" has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} for {tasks} tasks of {points} points: expected '
-            f"one independent distribution per point, ({tasks},) with .to_event(1) over the points, or a plate over points at dim=-1"
+            f'site "{TARGET}" has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} for {tasks} tasks of '
+            f"{points} points: expected one independent distribution per point, ({tasks},) with .to_event(1) over the points, or a plate "
+            "over points at dim=-1"
         )
     return 1 + len(inner)
 
@@ -161,11 +178,16 @@ def _check_target(survey: Survey, tasks: int, points: int) -> int:
 def _transform(name: str, fn: Any) -> Any:
     support = fn.support
     if support.is_discrete:
-        raise ModelError(f"latent site '{name}' is discrete ({type(peel(fn)[0]).__name__}): sum it out, for example with a mixture distribution (pyro.distributions.MixtureSameFamily)")
+        raise ModelError(
+            f"latent site '{name}' is discrete ({type(peel(fn)[0]).__name__}): sum it out, for example with a mixture distribution "
+            "(pyro.distributions.MixtureSameFamily)"
+        )
     try:
         return packing_transform(support)
     except NotImplementedError:
-        raise ModelError(f"site '{name}': its support ({support}) has no bijection to unconstrained reals; choose a distribution with another support") from None
+        raise ModelError(
+            f"site '{name}': its support ({support}) has no bijection to unconstrained reals; choose a distribution with another support"
+        ) from None
 
 
 def _floating(fn: Any) -> bool:

@@ -63,7 +63,7 @@ class History:
         from .plots import loss_curve  # matplotlib is slow to import, and training does without it
 
         a = self.as_arrays()
-        validation = {"validation_step": a["validation_step"], "validation": a["validation"]} if self.validation else {}
+        validation: dict[str, Any] = {"validation_step": a["validation_step"], "validation": a["validation"]} if self.validation else {}
         return loss_curve(a["step"], a["loss"], ax=ax, **validation)
 
 
@@ -77,12 +77,13 @@ def meta_train(
 ) -> History:
     """Minimises mean over tasks of ``meta_loss`` + ``global_loss()`` / number of training tasks, over ``trained_parameters()``.
 
-    Data: ``tasks_per_step`` tasks are sampled each step (default: all of a finite family of up to 100, else 25); an Episode is one fixed
-    batch. ``num_tasks``: how many tasks an endless family stands for; needed only where θ has a hyperprior. ``generator``: all
+    Data: ``tasks_per_step`` tasks are sampled each step (default: all of a finite family of up to 100, else 25); an Episode is one
+    fixed batch. ``num_tasks``: how many tasks an endless family stands for; needed only where θ has a hyperprior. ``generator``: all
     randomness (default: seed 0).
 
     Optimisation: ``optimizer`` and ``schedule`` are factories, ``lambda params: torch.optim.Adam(params, 1e-3)`` being the default;
-    ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss that is not finite out of a step, and counts them.
+    ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss that is not finite out of a step, and
+    counts them.
 
     Validation: every ``validate_every`` steps the predictive NLL on a fixed set of tasks of ``validation``; after ``patience`` of
     them without a new best training stops. The best parameters are kept.
@@ -139,6 +140,7 @@ def predictive_nll(adapter: AbstractAdapter, episode: Episode, *, num_draws: int
     """Mean −log predictive density of each task's query points, ``(T,)``, in nats a point; NaN for a task without any."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     query = adapter.prepared(episode.query, "query")
+    assert query.y is not None
     posterior = adapter.adapt(episode.support, generator=generator)
     predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator)
     return task_mean(-predictive.log_prob(query.y), query.mask)
@@ -167,8 +169,8 @@ class _Run:
                 if bad_tasks == "raise" or bool(bad.all()):
                     task = int(bad.nonzero()[0])
                     raise TrainingError(
-                        f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); parameters are at "
-                        "their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
+                        f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
+                        "parameters are at their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
                     )
                 self.history.skipped += int(bad.sum())
                 losses = losses[~bad]
@@ -177,7 +179,9 @@ class _Run:
         loss.backward(inputs=self.parameters)
         norm = clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
         if not (bool(loss.isfinite()) and bool(norm.isfinite())):
-            raise TrainingError(f"{where}: the loss is {loss.item()}, the gradient's norm {norm.item()}; parameters are at their last finite value")
+            raise TrainingError(
+                f"{where}: the loss is {loss.item()}, the gradient's norm {norm.item()}; parameters are at their last finite value"
+            )
         self.optimiser.step()
         if self.scheduler is not None:
             self.scheduler.step()
