@@ -117,7 +117,7 @@ def hierarchical_regression(mean: Tensor, sd: Tensor, noise: float) -> Callable[
     return program
 
 
-def panel_recipe(panel: Panel) -> Recipe:
+def panel_recipe(panel: Panel, title: str | None = None) -> Recipe:
     """Hierarchical regression on a panel's features, started from the training rows' mean and sd."""
     train, test = panel.split("train"), panel.split("test")
     everything = train.episodes(generator=torch.Generator().manual_seed(0)).union()
@@ -126,17 +126,18 @@ def panel_recipe(panel: Panel) -> Recipe:
     mean, sd = torch.zeros(size), torch.full((size,), 0.5 * float(y.std()))
     mean[0] = y.mean()
     model = HierarchicalModel(hierarchical_regression(mean, sd, float(y.std())), example=everything)
-    splits = f"{train.num_tasks} groups to train on, {test.num_tasks} held out, of {panel.num_tasks}"
-    short = f"{test.num_short} held-out groups are too short for the full support set and get a smaller one; none is left out."
+    notes = [f"{train.num_tasks} groups to train on, {test.num_tasks} held out, of {panel.num_tasks}."]
+    if test.num_short:
+        notes.append(f"{test.num_short} held-out groups are too short for the full support set and get a smaller one; none is left out.")
     return Recipe(
-        title=f"{panel.target_name} by {panel.group_label}", train=train, test=test, model=model, learners=_regression_learners(),
-        default=tuple(_regression_learners()), steps=1000, learning_rate=0.02, notes=(splits + ".", short),
+        title=title or f"{panel.target_name} by {panel.group_label}", train=train, test=test, model=model,
+        learners=_regression_learners(), default=tuple(_regression_learners()), steps=1000, learning_rate=0.02, notes=tuple(notes),
     )  # fmt: skip
 
 
 def _radon() -> Recipe:
     # half of the counties held out, for narrow intervals; half of each county's homes seen, so that support sizes differ
-    return panel_recipe(Panel.radon(fractions=(0.5, 0.0, 0.5), num_support=0.5))
+    return panel_recipe(Panel.radon(fractions=(0.5, 0.0, 0.5), num_support=0.5), "Radon in Minnesota homes, by county")
 
 
 def _linear_gaussian() -> Recipe:

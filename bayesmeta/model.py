@@ -56,6 +56,7 @@ class HierarchicalModel(nn.Module):
         self._normal_prior = self._global_factors = False
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
+        self._target_support: Any = None
         self._anchor: Tensor
         self.theta_draws: Tensor
         self.gradient_evaluations = 0.0
@@ -96,6 +97,22 @@ class HierarchicalModel(nn.Module):
         self.materialise(points)
         return points.to(device=self._anchor.device, dtype=self._anchor.dtype).filled()
 
+    def check_targets(self, points: Points, role: str = "points") -> None:
+        """Raises ValueError naming task and point where a real y is no possible value of the program's likelihood (−1 for a count).
+
+        Bounds that differ from point to point (a binomial's trials) are left to the likelihood itself.
+        """
+        self.sites  # noqa: B018 - raises before the program is read
+        if points.y is None or self._target_support is None:
+            return
+        y = points.y[..., 0] if points.y.dim() == 3 and points.y.shape[-1] == 1 else points.y
+        bad = ~self._target_support.check(y)
+        bad = (bad.flatten(2).any(-1) if bad.dim() > 2 else bad) & points.mask
+        if bad.any():
+            task, point = (int(i) for i in bad.nonzero()[0])
+            wanted, got = self._target_support, y[task, point].tolist()
+            raise ValueError(f"{role}.y: task {task}, point {point}: the likelihood expects a value in {wanted}, got {got}")
+
     def materialise(self, data: Points | Episode) -> None:
         """Reads the program on made-up copies of the first real point of ``data``, and makes θ's parameters. Once.
 
@@ -127,6 +144,7 @@ class HierarchicalModel(nn.Module):
             self._check_draws()
             self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
             self._global_factors = small.has_factors(in_tasks=False)
+            self._target_support = _fixed_support(small.statements["y"].fn)
         except BaseException:
             self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
             raise
@@ -454,7 +472,9 @@ class HierarchicalModel(nn.Module):
     def _run(self, phi: Fill, points: Points, theta: Fill | None = None, *, sites_only: bool = False) -> Run:
         theta = theta or self._default_theta()
         run = Run(self._parameter, points, self._plates, self.sites, phi, self._theta_sites, theta, sites_only=sites_only)
-        with contextlib.suppress(AllSitesSeen), poutine.block(), pyro.settings.context(module_local_params=True), run:
+        # No validation inside: a task whose φ has diverged gives NaN of its own, not an exception for all. Data are checked before.
+        unvalidated = pyro.validation_enabled(False)
+        with contextlib.suppress(AllSitesSeen), poutine.block(), pyro.settings.context(module_local_params=True), unvalidated, run:
             self.program(points)
         return run
 
@@ -530,6 +550,13 @@ class NetworkProgram(nn.Module):
             output = self.network(phi, x)
             y_given_output = self.likelihood(output) if log_exposure is None else self.likelihood(output, log_exposure)
             pyro.sample("y", y_given_output.mask(points.mask).to_event(1), obs=y)
+
+
+def _fixed_support(fn: Any) -> Any:
+    """The support of one point's y, or None where it may differ from point to point."""
+    support = peel(fn)[0].support
+    bounds = [b for b in vars(support).values() if isinstance(b, Tensor)]
+    return None if any(b.dim() for b in bounds) else support
 
 
 def announce(name: str, parameter: nn.Parameter) -> None:

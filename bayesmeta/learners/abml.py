@@ -54,7 +54,7 @@ class ABML(AbstractMetaLearner):
         support = self.prepared(support)
         with rng(generator):
             mean, sd = self._q(support, keep_graph=False)
-        return TaskPosterior(self.model, dist.Normal(mean, sd).to_event(1))
+        return self.posterior(dist.Normal(mean, sd, validate_args=False).to_event(1))
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """−ELBO of S_i ∪ Q_i under q(φ | S_i), ``(T,)``."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +49,22 @@ class AbstractAdapter(nn.Module, ABC):
         if points.y is None and points.mask.any():
             raise ValueError(f"{role}.y: expected targets, got None")
         self.materialise(points)
+        self.model.check_targets(points, role)
         if points.y is None:
             points = points._replace(y=self.model.made_up_points(points.num_tasks, points.num_points).y)
         return self.model.prepare(points)
+
+    def posterior(self, distribution: Any, diagnostics: dict[str, float | str] | None = None) -> TaskPosterior:
+        """What `adapt` returns; a RuntimeWarning where the adaptation of a task diverged, whose predictions are then NaN."""
+        diverged = ~distribution.mean.isfinite().all(-1)
+        if bool(diverged.any()):
+            count, first = int(diverged.sum()), int(diverged.nonzero()[0])
+            diagnostics = {**(diagnostics or {}), "diverged_tasks": float(count)}
+            warnings.warn(
+                f"{type(self).__name__}: the adaptation of {count} of {len(diverged)} tasks diverged (the first is task {first}): "
+                "φ is not finite there, and no prediction; lower inner_lr or take fewer steps", RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+        return TaskPosterior(self.model, distribution, diagnostics)
 
 
 class AbstractMetaLearner(AbstractAdapter):

@@ -52,7 +52,7 @@ class MAML(AbstractMetaLearner):
         support = self.prepared(support)
         with rng(generator):
             phi = self._phi(support, self.adapt_steps, keep_graph=False)
-        return TaskPosterior(self.model, delta(phi))
+        return self.posterior(delta(phi))
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """Mean query NLL at φ_K, ``(T,)``."""

@@ -42,7 +42,7 @@ class NoPooling(AbstractMetaLearner):
         """A Delta at the maximum likelihood estimate nearest to φ_c; at φ_c without support points."""
         support = self.prepared(support)
         with rng(generator):
-            return TaskPosterior(self.model, delta(self._estimate(support)))
+            return self.posterior(delta(self._estimate(support)))
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """−log evidence of S_i ∪ Q_i under a flat prior, ``(T,)``; its gradient also fits φ_c."""

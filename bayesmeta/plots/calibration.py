@@ -63,9 +63,10 @@ def coverage(
 ) -> Coverage:
     """Share of query targets inside the central interval of each nominal level, or ("quantile") below each quantile.
 
-    ``pit`` (T, N), NaN where there is no point, inf at a point without a prediction, which nothing covers. Points of
-    all tasks count alike. ``level``: of the bootstrap band over tasks. Raises ValueError where ``kind`` is unknown or
-    there is no point.
+    ``pit`` (T, N), NaN where there is no point, inf at a point without a prediction, which nothing covers. The mean over
+    tasks of each task's own share, so that the curve passes through the coverages of the report's table and one task with
+    many points does not speak for all. ``level``: of the bootstrap band over tasks. Raises ValueError where ``kind`` is
+    unknown or there is no point.
     """
     if kind not in AXES:
         raise ValueError(f'kind must be "central" or "quantile", got {kind!r}')
@@ -73,17 +74,18 @@ def coverage(
     if np.isnan(pit).all():
         raise ValueError("there is no point in pit: nothing to calibrate")
     levels = LEVELS if levels is None else np.asarray(levels, dtype=float)
-    hits, totals = coverage_counts(pit, kind=kind, levels=levels)
-    shares = resampled_shares(hits, totals, resamples=resamples, seed=seed)
-    return Coverage(levels, hits.sum(0) / totals.sum(0), *percentile_band(shares, level=level))
+    shares, tasks = coverage_shares(pit, kind=kind, levels=levels)
+    resampled = resampled_shares(shares, tasks, resamples=resamples, seed=seed)
+    return Coverage(levels, shares.sum(0) / tasks.sum(0), *percentile_band(resampled, level=level))
 
 
-def coverage_counts(pit: Array, *, kind: Kind, levels: Array) -> tuple[Array, Array]:
-    """How many points of each task each level covers, and how many there are, (T, L) each; ``pit`` as `coverage`."""
+def coverage_shares(pit: Array, *, kind: Kind, levels: Array) -> tuple[Array, Array]:
+    """The share of each task's points that each level covers, and 1 for a task with points, 0 without, (T, L) each."""
     reach = 2 * np.abs(pit - 0.5) if kind == "central" else pit
     # One level at a time: (T, N, L) at once would be large for a thousand tasks. NaN compares as False.
     hits = np.stack([(reach <= one).sum(1) for one in levels], axis=1).astype(float)
-    return hits, np.repeat((~np.isnan(pit)).sum(1, keepdims=True).astype(float), len(levels), axis=1)
+    points = (~np.isnan(pit)).sum(1, keepdims=True)
+    return hits / np.maximum(points, 1), np.repeat((points > 0).astype(float), len(levels), axis=1)
 
 
 def calibration_curve(

@@ -39,15 +39,16 @@ two learners are equal: all met the same tasks, so look at the paired difference
 nominal coverage; a score far outside the others' range is an arrow with its value.
 """
 CALIBRATION = """
-For each nominal level, the share of query targets that fell inside the central predictive interval, points of all
-tasks together. On the diagonal, intervals hold what they promise. Below it, too many targets fall outside: the
-learner is overconfident. Above it, intervals are wider than need be: underconfident. The band is 95%, by drawing
-tasks anew; grey lines are the other learners.
+For each nominal level, the share of query targets that fell inside the central predictive interval, as a mean over
+tasks: each task counts alike, as in the table. On the diagonal, intervals hold what they promise. Below it, too many
+targets fall outside: the learner is overconfident. Above it, intervals are wider than need be: underconfident. The
+band is 95%, by drawing tasks anew; grey lines are the other learners.
 """
 PIT = """
-Histogram of the probability integral transform, F(y). Flat is calibrated. A U means overconfident (targets in both
-tails), a hump underconfident, a slope biased: rising to the right, predictions are too low. Of a calibrated learner,
-95% of bars end in the grey band, points taken as independent; a number on a bar is the height of one that was cut.
+Histogram of the probability integral transform, F(y), points of all tasks together. Flat is calibrated. A U means
+overconfident (targets in both tails), a hump underconfident, a slope biased: rising to the right, predictions are too
+low. Of a calibrated learner, 95% of bars end in the grey band, points taken as independent; a number on a bar is the
+height of one that was cut.
 """
 RELIABILITY = """
 Query points sorted into 15 bins by the probability of the likeliest class, points of all tasks together; each dot is

@@ -21,7 +21,7 @@ class Measure(NamedTuple):
         return {-1: "lower is better", 1: "higher is better", 0: ""}[self.better]
 
 
-CALIBRATION_ERROR, ECE = "calibration_error", "ece"  # pooled over points, unlike the others, which are means over tasks
+CALIBRATION_ERROR, ECE = "calibration_error", "ece"  # of all tasks together, unlike the others, which are means over tasks
 
 NAMED = {
     "nll": Measure("NLL", -1),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bayesmeta.plots.calibration import coverage_counts
+from bayesmeta.plots.calibration import coverage_shares
 from bayesmeta.plots.confidence import reliability_counts
 from bayesmeta.plots.resampling import percentile_band, resampled_shares
 from bayesmeta.report.evidence import Evidence
@@ -23,7 +23,8 @@ ECE_BINS = 15
 def summary(report: Evidence) -> list[Row]:
     """A row ``{learner, metric, estimate, lower, upper}`` for every number of every learner; ends are 95% intervals.
 
-    Metrics are means over tasks; ``calibration_error`` (Kuleshov, 20 levels) and ``ece`` (15 bins) pool all points;
+    Metrics are means over tasks; ``calibration_error`` (Kuleshov, 20 levels) is of the curve that is their mean over
+    tasks; ``ece`` (15 bins) pools all points;
     ``seconds`` and ``gradient_evaluations`` have no interval (NaN). A learner whose metric is NaN at a task that has
     query points gets NaN: a mean over the tasks at which it did not fail would be no match for the others'.
     """
@@ -128,7 +129,7 @@ def pit_of(result: LearnerResult, report: Evidence) -> Array:
     pit = np.array(result.pit)
     missing = np.isnan(pit)
     lacking = report.query_sizes - (~missing).sum(1)
-    # How many are missing is known, not where: any free places of the task will do, for points are pooled.
+    # How many are missing is known, not where: any free places of the task will do, for its points count alike.
     pit[missing & (np.cumsum(missing, axis=1) <= lacking[:, None])] = np.inf
     return pit
 
@@ -150,8 +151,8 @@ def _row(learner: str, metric: str, estimate: float, lower: float = np.nan, uppe
 
 
 def _calibration_error(pit: Array, seed: int) -> tuple[float, float, float]:
-    hits, points = coverage_counts(pit, kind="quantile", levels=KULESHOV_LEVELS)
-    return _pooled(hits, points, lambda shares: ((shares - KULESHOV_LEVELS) ** 2).mean(-1), seed)
+    shares, tasks = coverage_shares(pit, kind="quantile", levels=KULESHOV_LEVELS)
+    return _of_means(shares, tasks, lambda curve: ((curve - KULESHOV_LEVELS) ** 2).mean(-1), seed)
 
 
 def _ece(result: LearnerResult, seed: int) -> tuple[float, float, float]:
@@ -161,10 +162,10 @@ def _ece(result: LearnerResult, seed: int) -> tuple[float, float, float]:
     hits, sums, counts = reliability_counts(result.probs, result.labels, bins=ECE_BINS)
     points = np.repeat(counts.sum(1, keepdims=True), ECE_BINS, axis=1)
     # Σ_b n_b / n |accuracy_b − confidence_b| = Σ_b |right_b − confidence summed_b| / n
-    return _pooled(hits - sums, points, lambda shares: np.abs(shares).sum(-1), seed)
+    return _of_means(hits - sums, points, lambda shares: np.abs(shares).sum(-1), seed)
 
 
-def _pooled(sums: Array, counts: Array, statistic: Any, seed: int) -> tuple[float, float, float]:
+def _of_means(sums: Array, counts: Array, statistic: Any, seed: int) -> tuple[float, float, float]:
     if counts.sum() == 0:
         return np.nan, np.nan, np.nan
     estimate = float(statistic(sums.sum(0) / counts.sum(0)))

@@ -71,7 +71,7 @@ def _scores(report: Evidence, rows: list[Row]) -> str:
     columns += [(_heading("time", "all tasks"), times), (_heading("gradients", "per task"), counts)]
     caption = "Means over tasks; in brackets the 95% interval by resampling tasks. Bold: best of its column."
     pooled = {
-        CALIBRATION_ERROR: "Calibration error is the mean squared gap of 20 quantile levels, all points together.",
+        CALIBRATION_ERROR: "Calibration error is the mean squared gap of 20 quantile levels.",
         ECE: "ECE is the expected calibration error in 15 bins, all points together.",
     }
     caption = " ".join([caption, *(words for metric, words in pooled.items() if metric in _metrics(rows))])

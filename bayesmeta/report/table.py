@@ -53,24 +53,36 @@ def _differences(report: Evidence, rows: list[Row], reference: str) -> list[str]
     for metric in [m for m in PROPER if m in report.results[reference].metrics]:
         gaps = {row["learner"]: row for row in paired(report, metric, reference)}
         own = {n: (row["estimate"], row["lower"], row["upper"]) for n, row in gaps.items()}
-        cells = _cells(own, {n: "†" if row["excludes_zero"] else " " for n, row in gaps.items()}, sign=True)
+        cells = _gap_cells(own, {n: "†" if row["excludes_zero"] else " " for n, row in gaps.items()})
         columns.append([measure(metric).label, *(cells.get(n, "- ") for n in others)])
         clear |= any(row["excludes_zero"] for row in gaps.values())
     chosen = "the best in NLL, " if (reference, "nll") in winners(rows) else ""
     foot = ["", "† the 95% interval of the difference excludes zero."] if clear else []
-    return [f"Difference from {reference}, {chosen}on the same tasks", *_aligned(columns), *foot]
+    head = f"Difference from {reference}, {chosen}on the same tasks, with its 95% interval"
+    return [head, *_aligned(columns), *foot]
 
 
-def _cells(own: dict[str, tuple[float, float, float]], marks: dict[str, str], *, sign: bool = False) -> dict[str, str]:
+def _gap_cells(own: dict[str, tuple[float, float, float]], marks: dict[str, str]) -> dict[str, str]:
+    """Both ends, not half the width: the interval of a difference may be lopsided, and whether it holds 0 matters."""
+    places = decimals([e for e, _, _ in own.values()], [(upper - lower) / 2 for _, lower, upper in own.values()])
+    shown = {n: [f"{'+' * (v >= 0)}{number(v, places)}" for v in values] for n, values in own.items()}
+    width = max((len(text) for _, *ends in shown.values() for text in ends), default=0)
+    cells = {}
+    for name, (estimate, lower, upper) in shown.items():
+        ends = f" [{lower:>{width}}, {upper:>{width}}]" if np.isfinite(own[name][1]) else ""
+        cells[name] = f"{estimate}{ends}{marks[name]}"
+    return cells
+
+
+def _cells(own: dict[str, tuple[float, float, float]], marks: dict[str, str]) -> dict[str, str]:
     halves = {n: (upper - lower) / 2 for n, (_, lower, upper) in own.items()}
     places = decimals([e for e, _, _ in own.values()], halves.values())
     widest = max((len(number(h, places)) for h in halves.values() if np.isfinite(h)), default=0)
     cells = {}
     for name, (estimate, _, _) in own.items():
         value = number(estimate, places)
-        plus = "+" if sign and estimate >= 0 else ""
         half = f" ± {number(halves[name], places):<{widest}}" if np.isfinite(halves[name]) else ""
-        cells[name] = f"{plus}{value}{half}{marks[name]}"
+        cells[name] = f"{value}{half}{marks[name]}"
     return cells
 
 

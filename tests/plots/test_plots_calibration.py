@@ -21,8 +21,14 @@ def curve_of(ax, index=1):  # line 0 is the diagonal
 def test_coverage_is_that_of_metrics(kind, oracle):
     pit = torch.as_tensor(RAGGED)
     levels = torch.linspace(0, 1, 21, dtype=torch.float64)
-    expected = getattr(metrics, oracle)(pit, ~pit.isnan(), levels=levels)
-    np.testing.assert_allclose(coverage(RAGGED, kind=kind).observed, expected, atol=1e-15)
+    tasks = [getattr(metrics, oracle)(task[None], ~task[None].isnan(), levels=levels) for task in pit]
+    np.testing.assert_allclose(coverage(RAGGED, kind=kind).observed, torch.stack(tasks).mean(0), atol=1e-15)
+
+
+def test_a_task_with_many_points_counts_as_much_as_any_other():
+    few, many = np.full((1, 100), np.nan), np.full((1, 100), 0.5)
+    few[0, :2] = 0.99
+    assert coverage(np.concatenate([few, many]), levels=np.array([0.5])).observed == pytest.approx(0.5)
 
 
 def test_the_band_resamples_tasks_not_points():
@@ -53,8 +59,7 @@ def test_overconfidence_lies_below_the_diagonal_and_the_corner_says_so():
 def test_a_point_without_prediction_is_covered_by_nothing():
     failed = RAGGED.copy()
     failed[0, 0] = np.inf
-    known = (~np.isnan(RAGGED)).sum()
-    assert coverage(failed).observed[-1] == pytest.approx((known - 1) / known)
+    assert coverage(failed).observed[-1] == pytest.approx((11 + 7 / 8) / 12)  # one of the 8 points of one of 12 tasks
 
 
 def test_nan_is_padding_and_no_point():

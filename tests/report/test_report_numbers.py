@@ -50,10 +50,11 @@ def test_calibration_error_is_that_of_metrics(report):
     for name, result in report.results.items():
         pit = torch.as_tensor(result.pit.copy())
         estimate, lower, upper = ends(row_of(report.summary(), name, "calibration_error"))
-        assert estimate == pytest.approx(float(metrics.calibration_error(pit, ~pit.isnan())), abs=1e-15)
-        expected = metrics.bootstrap_statistic(
-            lambda p: metrics.calibration_error(p, ~p.isnan()), pit, seed=report.seed, resamples=2000
-        )
+        levels = torch.arange(1, 21, dtype=pit.dtype) / 21
+        curves = torch.stack([metrics.calibration_curve(t[None], ~t[None].isnan(), levels=levels) for t in pit])
+        error = lambda curves: ((curves.mean(0) - levels) ** 2).mean()  # noqa: E731
+        assert estimate == pytest.approx(float(error(curves)), abs=1e-15)
+        expected = metrics.bootstrap_statistic(error, curves, seed=report.seed, resamples=2000)
         assert (lower, upper) == pytest.approx((expected.lower, expected.upper), abs=1e-12)
 
 
@@ -105,7 +106,7 @@ def test_a_pit_that_is_missing_at_a_query_point_is_covered_by_nothing(parts):
     pit[4, 1] = np.nan  # task 4 has 3 query points: a failure, not padding
     parts["results"]["NUTS"] = replace(parts["results"]["NUTS"], pit=pit)
     whole = Report(**parts).plot("calibration", learners=["NUTS"]).lines[1].get_ydata()
-    assert whole[-1] == pytest.approx(33 / 34)
+    assert whole[-1] == pytest.approx((7 + 2 / 3) / 8)
 
 
 def test_one_task_has_no_interval():

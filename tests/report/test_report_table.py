@@ -58,14 +58,15 @@ def test_differences_are_marked_where_the_interval_excludes_zero(report):
     assert list(gaps) == list(rows)
     for name, row in rows.items():
         assert ("†" in gaps[name][0]) == row["excludes_zero"]
-        assert float(re.match(r"[+-][0-9.]+", gaps[name][0])[0]) == pytest.approx(row["estimate"], abs=0.006)
+        shown = [float(number) for number in re.findall(r"[+-][0-9.]+", gaps[name][0])]
+        assert shown == pytest.approx([row["estimate"], row["lower"], row["upper"]], abs=0.006)
     assert {True, False} == {row["excludes_zero"] for row in rows.values()}  # else the marks would be no test
 
 
 def test_it_says_what_its_signs_mean(report):
     text = report.table()
     assert "± is a 95% interval by resampling tasks" in text
-    assert "Difference from NoPooling, the best in NLL, on the same tasks" in text
+    assert "Difference from NoPooling, the best in NLL, on the same tasks, with its 95% interval" in text
     assert "Difference from NUTS, on the same tasks" in report.table(reference="NUTS")
     assert "Query targets are <noisy>." in text and "8 tasks" in text
     assert "12.5 s" in text and "7,400" in text
@@ -76,7 +77,7 @@ def test_numbers_are_aligned(report):
         lines = block.splitlines()
         rules = [i for i, line in enumerate(lines) if line and set(line) == {"-"}]
         if rules:
-            plus = [[m.start() for m in re.finditer("±", line)] for line in lines[rules[0] + 1 :]]
+            plus = [[m.start() for m in re.finditer(r"[±\[,\]]", line)] for line in lines[rules[0] + 1 :]]
             assert plus and all(places == plus[0] for places in plus)
             assert all(len(line) <= len(lines[rules[0]]) for line in lines[rules[0] :])
 
