@@ -15,7 +15,8 @@ from .evaluation import evaluate
 from .full_bayes import sample_theta
 from .learners.base import AbstractAdapter, AbstractMetaLearner
 from .model import HierarchicalModel
-from .posteriors import Particles, Predictive, TaskPosterior
+from .posteriors import FunctionPosterior, MixturePosterior, Particles, TaskPosterior
+from .predictive import Predictive
 from .report import Report
 from .survey import ModelError
 from .tasks import TaskFamily
@@ -26,8 +27,10 @@ __all__ = [
     "AbstractMetaLearner",
     "CheckpointError",
     "Episode",
+    "FunctionPosterior",
     "HierarchicalModel",
     "History",
+    "MixturePosterior",
     "ModelError",
     "Particles",
     "Points",

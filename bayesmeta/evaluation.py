@@ -16,7 +16,8 @@ from . import __version__
 from .episodes import Episode, Points
 from .learners.base import AbstractAdapter
 from .metrics import accuracy, brier, crps, interval_coverage, interval_width, randomized_pit, rmse, task_mean
-from .posteriors import Predictive, TaskPosterior
+from .posteriors import Posterior
+from .predictive import Predictive
 from .report import Bands, Curves, LearnerResult, Report
 from .tasks.base import TaskFamily
 
@@ -30,14 +31,15 @@ Units = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 def evaluate(
     adapters: AbstractAdapter | Mapping[str, AbstractAdapter], family: TaskFamily | Episode, *, num_tasks: int | None = None,
-    num_draws: int = 100, seed: int = 0, examples: int = 3, title: str = "Held-out tasks", target: str | None = None,
+    num_draws: int = 100, num_theta: int = 10, seed: int = 0, examples: int = 3, title: str = "Held-out tasks", target: str | None = None,
     feature: str | None = None, notes: tuple[str, ...] = (), histories: Mapping[str, Any] | None = None,
 ) -> Report:
     """Adapts every adapter to the same support sets, and scores its predictive on the same query sets.
 
     ``family``: held-out tasks; a finite family gives each of its tasks once, an endless one 1,000 unless ``num_tasks`` says otherwise,
     drawn by ``seed``. ``num_draws``: draws of φ in each predictive (a Delta takes one). The predictive of a point is the average
-    over draws; NLL is −log of it, in nats a point. ``examples``: how many tasks are kept for pictures, from the smallest support
+    over draws; NLL is −log of it, in nats a point. ``num_theta``: draws of θ, where it is variational or by NUTS, among which the
+    draws of φ are shared out. ``examples``: how many tasks are kept for pictures, from the smallest support
     set to the largest. ``target``, ``feature``: names for axes. ``histories``: `History` of each learner, for its loss curve.
 
     Numbers and pictures are in the family's original units (``family.target_scale``, ``family.scaling``).
@@ -55,7 +57,7 @@ def evaluate(
     shown = _examples(episode, examples)
     names = _task_names(family, episode)
     results = {
-        name: _result(adapter, episode, shown, names, num_draws=num_draws, seed=seed, scale=scale, units=units)
+        name: _result(adapter, episode, shown, names, num_draws=num_draws, num_theta=num_theta, seed=seed, scale=scale, units=units)
         for name, adapter in named.items()
     }
     return Report(
@@ -86,14 +88,15 @@ def environment() -> dict[str, str]:
 
 
 def _result(
-    adapter: AbstractAdapter, episode: Episode, shown: list[int], names: list[str], *, num_draws: int, seed: int, scale: float, units: Units
+    adapter: AbstractAdapter, episode: Episode, shown: list[int], names: list[str], *, num_draws: int, num_theta: int, seed: int,
+    scale: float, units: Units,
 ) -> LearnerResult:
     query = adapter.prepared(episode.query, "query")
     generator = torch.Generator().manual_seed(seed)
     model = adapter.model
     before = model.gradient_evaluations
     start = time.perf_counter()
-    posterior = adapter.adapt(episode.support, generator=generator)
+    posterior = adapter.adapt_over_theta(episode.support, num_theta=num_theta, generator=generator)
     predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator)
     seconds = time.perf_counter() - start
     gradients = model.gradient_evaluations - before
@@ -131,7 +134,9 @@ def _scores(p: Predictive, query: Points, generator: torch.Generator, scale: flo
     return scores, {"pit": torch.where(mask, pit, torch.nan).cpu().numpy()}
 
 
-def _site_means(posterior: TaskPosterior, num_draws: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _site_means(posterior: Posterior, num_draws: int, generator: torch.Generator) -> dict[str, Tensor]:
+    if not posterior.has_phi:
+        return {}
     sites = posterior.sites(None if posterior.is_point else num_draws, generator=generator)
     return {name: value.mean(0) for name, value in sites.items() if value.dim() == 2}
 
@@ -153,7 +158,7 @@ def _examples(episode: Episode, wanted: int) -> list[int]:
 
 
 def _bands(
-    adapter: AbstractAdapter, posterior: TaskPosterior, episode: Episode, shown: list[int], names: list[str], num_draws: int, seed: int,
+    adapter: AbstractAdapter, posterior: Posterior, episode: Episode, shown: list[int], names: list[str], num_draws: int, seed: int,
     units: Units,
 ) -> tuple[Bands, ...]:
     y = episode.query.y
@@ -187,13 +192,13 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _curves(posterior: TaskPosterior, x: Tensor, num_draws: int, seed: int) -> dict[str, Tensor] | None:
+def _curves(posterior: Posterior, x: Tensor, num_draws: int, seed: int) -> dict[str, Tensor] | None:
     p = posterior.predict(x, None if posterior.is_point else num_draws, generator=_seeded(seed))
-    if p.is_classification or len(p.components.event_shape):
+    if p.is_classification or len(p.event_shape):
         return None
     with torch.no_grad():
         (low50, high50), (low90, high90) = p.interval(0.5), p.interval(0.9)
-        draws = p.components.mean[:EXAMPLE_DRAWS]
+        draws = p.means[torch.linspace(0, p.num_draws - 1, min(EXAMPLE_DRAWS, p.num_draws)).round().long()]
     return {"mean": p.mean, "lower50": low50, "upper50": high50, "lower90": low90, "upper90": high90, "draws": draws}
 
 

@@ -19,7 +19,7 @@ from torch.distributions import constraints, transform_to
 
 from .episodes import Episode, Points
 from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, site_normal
-from .networks import AbstractNetwork, NormalPrior
+from .networks import AbstractNetwork, NormalPrior, WeightNetwork
 from .packing import log_det, peel
 from .posteriors import with_points_axis
 from .randomness import rng
@@ -57,6 +57,7 @@ class HierarchicalModel(nn.Module):
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
         self._target_support: Any = None
+        self._start: tuple[int, float] | None = None  # another starting point, asked for before the program was read
         self._anchor: Tensor
         self.theta_draws: Tensor
         self.gradient_evaluations = 0.0
@@ -145,6 +146,8 @@ class HierarchicalModel(nn.Module):
             self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
             self._global_factors = small.has_factors(in_tasks=False)
             self._target_support = _fixed_support(small.statements["y"].fn)
+            if self._start is not None:
+                self.reinitialise(self._start[0], jitter=self._start[1])
         except BaseException:
             self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
             raise
@@ -466,6 +469,36 @@ class HierarchicalModel(nn.Module):
         """Standard normal noise ``(T, D)`` from torch's global stream, drawn site by site as `sample_task_sites` does."""
         dtype, device = self._anchor.dtype, self._anchor.device
         return torch.cat([torch.randn(tasks, *site.shape, dtype=dtype, device=device).reshape(tasks, -1) for site in self.sites], -1)
+
+    @property
+    def network(self) -> AbstractNetwork | None:
+        """The network of a model made by `from_network`; None for a user's program."""
+        return self.program.network if isinstance(self.program, NetworkProgram) else None
+
+    def reinitialise(self, seed: int, *, jitter: float = 0.1) -> None:
+        """Another starting point for θ, drawn by ``seed``: for the members of an ensemble.
+
+        Modules with ``reset_parameters`` (PyTorch's layers) are drawn anew, and a network's prior starts at its new weights. Every
+        parameter of a user's program that is not redrawn so is moved by ``jitter`` times a standard normal, in unconstrained space.
+        Where the program has not been read yet this happens as soon as it is.
+        """
+        if self._sites is None:
+            self._start = (seed, jitter)
+            return
+        network, settled = self.network, set()
+        inner = network.module.modules() if isinstance(network, WeightNetwork) else ()
+        with rng(torch.Generator().manual_seed(seed)), torch.no_grad():
+            for module in [*self.modules(), *inner]:
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+                    settled |= {id(p) for p in module.parameters(recurse=False)}
+            if isinstance(self.program, NetworkProgram):
+                self.program.prior.loc.copy_(self.program.network.initial())
+                settled |= {id(p) for p in self.program.parameters()}
+            for parameter in self.parameters():
+                if id(parameter) not in settled:
+                    parameter.add_(jitter * torch.randn_like(parameter))
 
     # --- running the program
 

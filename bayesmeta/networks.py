@@ -45,25 +45,28 @@ class WeightNetwork(AbstractNetwork):
         parameters = dict(module.named_parameters())
         if not parameters:
             raise ValueError(f"WeightNetwork: {type(module).__name__} has no parameters to adapt")
-        self._initial: Tensor
         self._names = list(parameters)
         self._shapes = [p.shape for p in parameters.values()]
         self._sizes = [p.numel() for p in parameters.values()]
         self.dim = sum(self._sizes)
         # The module is called with weights handed in; its own must not show up as θ.
         self._module = [module.requires_grad_(False)]
-        self.register_buffer("_initial", torch.cat([p.detach().flatten() for p in parameters.values()]))
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose weights φ replaces; its own are where φ starts."""
+        return self._module[0]
 
     def initial(self) -> Tensor:
         """The module's own weights, ``(D,)``."""
-        return self._initial
+        return torch.cat([p.detach().flatten() for p in self.module.parameters()])
 
     def initial_scale(self) -> Tensor:
         """A tenth of each weight tensor's root mean square at the start (0.01 for a tensor of zeros), ``(D,)``.
 
         Small against the weights themselves, so that draws from the prior still look like the network it starts at.
         """
-        parts = self._initial.split(self._sizes)
+        parts = self.initial().split(self._sizes)
         return torch.cat([torch.full_like(p, 0.1 * float(p.square().mean().sqrt()) or 0.01) for p in parts])
 
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
@@ -75,7 +78,7 @@ class WeightNetwork(AbstractNetwork):
 
     def _one(self, phi: Tensor, x: Tensor) -> Tensor:
         weights = {n: v.view(s) for n, v, s in zip(self._names, phi.split(self._sizes), self._shapes, strict=True)}
-        return functional_call(self._module[0], weights, (x,))
+        return functional_call(self.module, weights, (x,))
 
 
 class HeadNetwork(AbstractNetwork):
@@ -100,15 +103,75 @@ class HeadNetwork(AbstractNetwork):
         """1/√F, so that outputs have unit scale for features of unit scale, ``(D,)``."""
         return torch.full((self.dim,), 1.0 / math.sqrt(self.num_features))
 
+    def embed(self, x: Tensor) -> Tensor:
+        """``(T, N, *I)`` to features ``(T, N, F)``."""
+        return _embed(self.features, x, self.num_features)
+
     def forward(self, phi: Tensor, x: Tensor) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, O)``."""
-        features = self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        if features.shape[-1] != self.num_features:
-            got = features.shape[-1]
-            raise ValueError(f"HeadNetwork: features put out {got} numbers a point, expected num_features={self.num_features}")
+        features = self.embed(x)
         weight, bias = phi.split([self.num_outputs * self.num_features, self.num_outputs * self.bias], -1)
         out = features @ weight.unflatten(-1, (self.num_outputs, self.num_features)).mT
         return out + bias[..., None, :] if self.bias else out
+
+
+class PrototypeNetwork(AbstractNetwork):
+    """φ is a point for each class in an embedding that all tasks share; logits are −‖e(x) − c_k‖² (Snell et al. 2017, eq. 2).
+
+    ``features``: an `nn.Module` mapping ``(N, *I)`` to ``(N, F)``, whose weights are θ's. ``num_features``: F. ``num_classes``: C.
+    """
+
+    def __init__(self, features: nn.Module, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        _check_deterministic(features)
+        self.features = features
+        self.num_features, self.num_classes = num_features, num_classes
+        self.dim = num_classes * num_features
+
+    def initial(self) -> Tensor:
+        """Zeros, ``(D,)``: all classes at one place, none preferred."""
+        return torch.zeros(self.dim)
+
+    def initial_scale(self) -> Tensor:
+        """1, ``(D,)``: features of unit scale."""
+        return torch.ones(self.dim)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """``(T, N, *I)`` to features ``(T, N, F)``."""
+        return _embed(self.features, x, self.num_features)
+
+    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+        """``(*S, T, C · F)`` and ``(T, N, *I)`` to logits ``(*S, T, N, C)``."""
+        e, c = self.embed(x), phi.unflatten(-1, (self.num_classes, self.num_features))
+        # ‖e − c‖² multiplied out: (*S, T, N, C, F) would be large
+        return 2 * e @ c.mT - e.square().sum(-1, keepdim=True) - c.square().sum(-1)[..., None, :]
+
+
+class DecoderNetwork(AbstractNetwork):
+    """φ is a latent code z of ``latent_dim`` numbers; output = decoder([x, z]), the decoder's weights shared by all tasks.
+
+    ``decoder``: an `nn.Module` mapping ``(…, I + latent_dim)`` to ``(…, O)``; x is flattened.
+    """
+
+    def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        _check_deterministic(decoder)
+        self.decoder, self.dim = decoder, latent_dim
+
+    def initial(self) -> Tensor:
+        """Zeros, ``(D,)``."""
+        return torch.zeros(self.dim)
+
+    def initial_scale(self) -> Tensor:
+        """1, ``(D,)``: the code's own scale is the decoder's to choose."""
+        return torch.ones(self.dim)
+
+    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+        """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, O)``."""
+        x = x.flatten(2)
+        shape = (*phi.shape[:-1], x.shape[1])
+        inputs = torch.cat([x.expand(*shape, -1), phi[..., None, :].expand(*shape, -1)], -1)
+        return self.decoder(inputs)
 
 
 class NormalPrior(nn.Module):
@@ -152,6 +215,13 @@ class NormalPrior(nn.Module):
         normal = torch.distributions.Normal(self.loc.new_zeros(()), 1.0).log_prob(self.loc)
         gamma = torch.distributions.Gamma(self.loc.new_tensor(a), b).log_prob((-2 * self.log_scale).exp())
         return normal.sum() + gamma.sum()
+
+
+def _embed(features: nn.Module, x: Tensor, size: int) -> Tensor:
+    e = features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    if e.shape[-1] != size:
+        raise ValueError(f"features put out {e.shape[-1]} numbers a point, expected num_features={size}")
+    return e
 
 
 def _check_deterministic(module: nn.Module) -> None:

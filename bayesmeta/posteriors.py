@@ -1,10 +1,10 @@
-"""What adaptation returns (`TaskPosterior`) and what it predicts (`Predictive`, the mixture over its draws)."""
+"""What adaptation returns: `TaskPosterior`, a distribution over φ; `MixturePosterior`, several; `FunctionPosterior`, none over φ at all."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyro.distributions as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .packing import peel
+from .predictive import Predictive
 from .randomness import rng
 
 if TYPE_CHECKING:
@@ -64,12 +65,16 @@ class TaskPosterior:
     """q(φ_i | S_i, θ) of ``T`` tasks: a distribution in packed space, batch ``(T,)``, event ``(D,)``.
 
     ``distribution``: a Delta, a diagonal Normal, a MultivariateNormal or `Particles`. ``diagnostics``: what the
-    inference has to say of itself, by name. The posterior refers to its ``model``: train the model further and its predictions
-    move; draws do not.
+    inference has to say of itself, by name. ``theta``: the packed global sites ``(G,)`` it was inferred under, None for where the
+    model stands. The posterior refers to its ``model``: train the model further and its predictions move; draws do not.
     """
 
-    def __init__(self, model: HierarchicalModel, distribution: Any, diagnostics: dict[str, float | str] | None = None) -> None:
-        self.model, self.distribution = model, distribution
+    has_phi: ClassVar[bool] = True
+
+    def __init__(
+        self, model: HierarchicalModel, distribution: Any, diagnostics: dict[str, float | str] | None = None, *, theta: Tensor | None = None
+    ) -> None:
+        self.model, self.distribution, self.theta = model, distribution, theta
         self.diagnostics = diagnostics or {}
 
     @property
@@ -89,7 +94,7 @@ class TaskPosterior:
 
     def select(self, tasks: list[int]) -> TaskPosterior:
         """The posterior of the chosen tasks, in that order."""
-        return TaskPosterior(self.model, _select(self.distribution, torch.as_tensor(tasks)), self.diagnostics)
+        return TaskPosterior(self.model, _select(self.distribution, torch.as_tensor(tasks)), self.diagnostics, theta=self.theta)
 
     def draws(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """``(S, T, D)`` draws in packed space.
@@ -110,12 +115,16 @@ class TaskPosterior:
 
     def sites(self, n: int | None = None, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draws of the program's own task-level sites, by name: ``(S, T, *event)``, in their own (constrained) units."""
-        with torch.no_grad():
+        with torch.no_grad(), self.model.theta_at(self.theta):
             return self.model.unpack(self.draws(n, generator=generator))
 
     def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
-        """The predictive distribution of y at ``x (T, N, *I)``, averaged over ``n`` draws of φ (see `draws`)."""
-        with torch.no_grad():
+        """The predictive distribution of y at ``x (T, N, *I)``, averaged over ``n`` draws of φ (see `draws`).
+
+        Of particles never more than there are: all of them, once each, are the mixture without error.
+        """
+        n = min(n, len(self.distribution.values)) if n is not None and isinstance(self.distribution, Particles) else n
+        with torch.no_grad(), self.model.theta_at(self.theta):
             return Predictive(self.model.predict(self.draws(n, generator=generator), x))
 
     def log_prob(self, phi: Tensor) -> Tensor:
@@ -139,177 +148,172 @@ class TaskPosterior:
 
         Raises ImportError without the extra ``arviz``.
         """
-        try:
-            import arviz
-        except ImportError as error:
-            raise ImportError("to_arviz needs ArviZ: pip install 'bayesmeta[arviz]'") from error
         chains = self.distribution.chains if isinstance(self.distribution, Particles) and n is None else 1
-        values = {
-            name: np.asarray(v.unflatten(0, (chains, -1)).cpu()) for name, v in self.sites(n, generator=generator).items()
-        }
-        dims = {name: ["task", *(f"{name}_{i}" for i in range(v.ndim - 3))] for name, v in values.items()}
-        if int(arviz.__version__.split(".")[0]) >= 1:
-            return arviz.from_dict({"posterior": values}, dims=dims)
-        return arviz.from_dict(posterior=values, dims=dims)
+        return _inference_data(self.sites(n, generator=generator), chains)
 
 
-class Decomposition(NamedTuple):
-    """Predictive uncertainty in parts that add up to ``total``, each ``(T, N)``: variances, or entropies in nats for classes.
+class MixturePosterior:
+    """An equal mixture of posteriors that differ in θ: the members of an ensemble, or one learner under several draws of θ.
 
-    ``aleatoric``: what would be left if φ were known. ``phi``: from not knowing the task. ``theta``: from not knowing θ.
+    ``components``: K `TaskPosterior` of the same tasks. It predicts with each component's own model and θ; what its components
+    disagree about counts as uncertainty about θ.
     """
 
-    total: Tensor
-    aleatoric: Tensor
-    phi: Tensor
-    theta: Tensor
+    has_phi: ClassVar[bool] = True
+    is_point: ClassVar[bool] = False
 
-
-class Predictive:
-    """The equal mixture over ``S`` draws of φ of the distributions of one point's y: ``components`` has batch ``(S, T, N)``.
-
-    Draws may come from several θ: the first S / ``num_theta`` under the first, and so on.
-    """
-
-    def __init__(self, components: Any, *, num_theta: int = 1) -> None:
-        if components.batch_shape[0] % num_theta:
-            raise ValueError(f"{components.batch_shape[0]} draws do not divide into {num_theta} draws of θ")
-        self.components, self.num_theta = components, num_theta
-        self._base, self._event_axes, _ = peel(components)
+    def __init__(self, components: Sequence[TaskPosterior]) -> None:
+        if not components:
+            raise ValueError("a mixture needs at least one component, got none")
+        self.components = tuple(components)
+        self.model = components[0].model
+        self.distribution = Mixture([c.distribution for c in components])
+        self.diagnostics = {k: v for c in reversed(components) for k, v in c.diagnostics.items()}
 
     @property
-    def num_draws(self) -> int:
-        """``S``."""
-        return self.components.batch_shape[0]
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether y is a class or a count."""
-        return bool(self._base.support.is_discrete)
-
-    @property
-    def is_classification(self) -> bool:
-        """Whether y is a class (Bernoulli or Categorical)."""
-        return isinstance(self._base, dist.Bernoulli | dist.Categorical)
+    def num_tasks(self) -> int:
+        """``T``."""
+        return self.components[0].num_tasks
 
     @property
     def mean(self) -> Tensor:
-        """``(T, N)`` or ``(T, N, *O)``; the probability of 1 for a Bernoulli. Raises for classes, which have no mean."""
-        if isinstance(self._base, dist.Categorical):
-            raise ValueError("classes have no mean: use probs")
-        return self.components.mean.mean(0)
+        """Mean in packed space, ``(T, D)``."""
+        return self.distribution.mean
+
+    def select(self, tasks: list[int]) -> MixturePosterior:
+        """The posterior of the chosen tasks, in that order."""
+        return MixturePosterior([c.select(tasks) for c in self.components])
+
+    def draws(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """``(S, T, D)`` draws in packed space, from the components in turn; by default as many as `TaskPosterior.draws` of each."""
+        with rng(generator):
+            parts = torch.stack([c.draws(self._each(n), generator=None) for c in self._moving()], 1).flatten(0, 1)
+        return parts[:n]
+
+    def sites(self, n: int | None = None, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draws of the program's task-level sites, by name: ``(S, T, *event)``, each in its component's own units."""
+        with rng(generator):
+            parts = [c.sites(self._each(n)) for c in self._moving()]
+        return {name: torch.stack([part[name] for part in parts], 1).flatten(0, 1)[:n] for name in parts[0]}
+
+    def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
+        """The predictive at ``x (T, N, *I)``: ``n`` draws shared out equally among components (1 of a Delta), each under its own θ."""
+        with rng(generator):
+            parts = [c.predict(x, None if c.is_point else self._each(n)) for c in self._moving()]
+        return Predictive([fn for part in parts for fn in part.components], num_theta=len(parts))
+
+    def log_prob(self, phi: Tensor) -> Tensor:
+        """log q(φ) in packed space: ``(*S, T, D)`` to ``(*S, T)``. Raises NotImplementedError where a component has no density."""
+        return self.distribution.log_prob(phi)
+
+    def guide(self) -> Callable[..., None]:
+        """Raises NotImplementedError: a guide has one θ, and the components have their own. Use ``components[k].guide()``."""
+        raise NotImplementedError("the components of a mixture have their own θ, and a guide has one: use components[k].guide()")
+
+    def to_arviz(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Any:
+        """As `TaskPosterior.to_arviz`, one chain."""
+        return _inference_data(self.sites(n, generator=generator), 1)
+
+    def _each(self, n: int | None) -> int | None:
+        return None if n is None else -(-n // len(self.components))
+
+    def _moving(self) -> Any:
+        """The components, with a random stream that has moved on between them, so that equal ones do not draw the same."""
+        for component in self.components:
+            yield component
+            torch.rand(())
+
+
+class FunctionPosterior:
+    """A predictive that goes from support set to prediction directly: there is no φ of fixed size to draw.
+
+    ``rule(support, x)`` gives the distribution of one point's y at ``x (T, N, *I)``, batch ``(1, T, N)``. ``predict`` works; `draws`,
+    `sites`, `log_prob` and `guide` raise NotImplementedError.
+    """
+
+    has_phi: ClassVar[bool] = False
+    is_point: ClassVar[bool] = True
+
+    def __init__(self, model: HierarchicalModel, rule: Callable[[Points, Tensor], Any], support: Points) -> None:
+        self.model, self.rule, self.support = model, rule, support
+        self.diagnostics: dict[str, float | str] = {}
+
+    @property
+    def num_tasks(self) -> int:
+        """``T``."""
+        return self.support.num_tasks
+
+    def select(self, tasks: list[int]) -> FunctionPosterior:
+        """The posterior of the chosen tasks, in that order."""
+        return FunctionPosterior(self.model, self.rule, self.support.select(tasks))
+
+    def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
+        """The predictive at ``x (T, N, *I)``; nothing is drawn, ``n`` plays no part."""
+        x = torch.as_tensor(x)
+        x = x.to(device=self.support.x.device, dtype=self.support.x.dtype if x.is_floating_point() else x.dtype)
+        with torch.no_grad():
+            return Predictive(self.rule(self.support, x))
+
+    def draws(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """Raises NotImplementedError."""
+        raise NotImplementedError("this learner goes from support set to prediction directly: it has no φ of fixed size; use predict")
+
+    def sites(self, n: int | None = None, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Raises NotImplementedError."""
+        self.draws()
+        return {}
+
+    def log_prob(self, phi: Tensor) -> Tensor:
+        """Raises NotImplementedError."""
+        return self.draws()
+
+    def guide(self) -> Callable[..., None]:
+        """Raises NotImplementedError."""
+        self.draws()
+        return lambda: None
+
+
+Posterior = TaskPosterior | MixturePosterior | FunctionPosterior
+
+
+class Mixture(dist.TorchDistribution):
+    """An equal mixture of distributions over φ, batch ``(T,)``, event ``(D,)``."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+
+    def __init__(self, components: Sequence[Any]) -> None:
+        self.components = tuple(components)
+        super().__init__(components[0].batch_shape, components[0].event_shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(T, D)``."""
+        return torch.stack([c.mean for c in self.components]).mean(0)
 
     @property
     def variance(self) -> Tensor:
-        """``(T, N)`` or ``(T, N, *O)``: the mean of the variances plus the variance of the means."""
-        return self.components.variance.mean(0) + self.components.mean.var(0, unbiased=False)
+        """``(T, D)``."""
+        means, variances = (torch.stack([getattr(c, name) for c in self.components]) for name in ("mean", "variance"))
+        return variances.mean(0) + means.var(0, unbiased=False)
 
-    @property
-    def stddev(self) -> Tensor:
-        """√variance."""
-        return self.variance.sqrt()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws ``(*sample_shape, T, D)``, each from a component chosen at random."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        every = torch.stack([c.sample(torch.Size(sample_shape)) for c in self.components], -1)
+        index = torch.randint(len(self.components), shape, device=every.device)
+        return every.gather(-1, index[..., None, None].expand(*every.shape[:-1], 1))[..., 0]
 
-    @property
-    def probs(self) -> Tensor:
-        """Class probabilities ``(T, N, C)``, averaged over draws; C = 2 for a Bernoulli. Raises where y is no class."""
-        if isinstance(self._base, dist.Categorical):
-            return self._base.probs.mean(0)
-        if isinstance(self._base, dist.Bernoulli):
-            one = self._base.probs.mean(0)
-            return torch.stack([1 - one, one], -1)
-        raise ValueError(f"y is {type(self._base).__name__}: only classes have probs")
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        """log of the mixture's density at ``y (T, N)`` (or ``(T, N, *O)``), ``(T, N)``: log-mean-exp over draws."""
-        return torch.logsumexp(self.components.log_prob(self._target(y)), 0) - math.log(self.num_draws)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """P(Y ≤ y) of the mixture, in the shape of ``y``; each output on its own where there are several."""
-        return cdf(self._base, self._target(y)).mean(0)
-
-    def cdf_below(self, y: Tensor) -> Tensor:
-        """P(Y < y): the same as `cdf` but for counts, where it is P(Y ≤ y − 1)."""
-        return self.cdf(y - 1) if self.is_discrete else self.cdf(y)
-
-    def quantile(self, q: float) -> Tensor:
-        """The value below which the mixture has probability ``q`` (0 < q < 1), ``(T, N)``: by bisection of `cdf`.
-
-        For counts the smallest one that reaches ``q``. Raises ValueError for classes and for q outside (0, 1).
-        """
-        if not 0 < q < 1:
-            raise ValueError(f"q: expected a number between 0 and 1, got {q}")
-        if self.is_classification:
-            raise ValueError("classes have no quantiles: use probs")
-        centre, spread = self._base.mean, self._base.variance.clamp(min=1e-12).sqrt()
-        spread = torch.where(spread.isfinite(), spread, torch.ones_like(spread))
-        low, high = (centre - 8 * spread).amin(0), (centre + 8 * spread).amax(0)
-        for _ in range(60):  # heavy tails: widen until the quantile is inside
-            below, above = self.cdf(low) > q, self.cdf(high) < q
-            if not bool((below | above).any()):
-                break
-            width = high - low
-            low, high = torch.where(below, low - width, low), torch.where(above, high + width, high)
-        if self.is_discrete:
-            low, high = low.floor().clamp(min=-1), high.ceil()
-        for _ in range(80):
-            middle = (low + high) / 2
-            middle = middle.floor() if self.is_discrete else middle
-            enough = self.cdf(middle) >= q
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-            if bool((high - low <= (1 if self.is_discrete else 1e-7 * (1 + high.abs()))).all()):
-                break
-        return high if self.is_discrete else (low + high) / 2
-
-    def interval(self, level: float) -> tuple[Tensor, Tensor]:
-        """The central interval of probability ``level``: lower and upper end, each ``(T, N)``."""
-        return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
-
-    def sample(self, n: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
-        """``(n, T, N)`` draws of y. One draw is from one φ, so its points belong to one function of x.
-
-        The draws of φ are taken in turn, in random order, so that every one stands for its share of the mixture.
-        """
-        with rng(generator), torch.no_grad():
-            passes = -(-n // self.num_draws)
-            y = self.components.sample((passes,)).flatten(0, 1)
-            return y[torch.randperm(len(y))[:n]] if passes == 1 else y[:n]
-
-    def decompose(self) -> Decomposition:
-        """Splits the predictive variance (entropy, for classes) into aleatoric, φ and θ parts."""
-        groups = (self.num_theta, -1)
-        if self.is_classification:
-            p = self._base.probs
-            p = torch.stack([1 - p, p], -1) if isinstance(self._base, dist.Bernoulli) else p
-            given_theta = p.unflatten(0, groups).mean(1)
-            aleatoric, within, total = _entropy(p).mean(0), _entropy(given_theta).mean(0), _entropy(p.mean(0))
-            return Decomposition(total, aleatoric, within - aleatoric, total - within)
-        means = self.components.mean.unflatten(0, groups)
-        aleatoric = self.components.variance.mean(0)
-        phi = means.var(1, unbiased=False).mean(0)
-        theta = means.mean(1).var(0, unbiased=False)
-        return Decomposition(aleatoric + phi + theta, aleatoric, phi, theta)
-
-    def _target(self, y: Tensor) -> Tensor:
-        y = torch.as_tensor(y)
-        scalar = len(self.components.event_shape) == 0
-        y = y[..., 0] if scalar and y.dim() == 3 and y.shape[-1] == 1 else y
-        return y.to(self.components.mean.dtype) if y.is_floating_point() and not self.is_classification else y
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``(*S, T, D)`` to ``(*S, T)``; NotImplementedError where a component is a Delta or particles, which have no density."""
+        if any(isinstance(c, dist.Delta | Particles) for c in self.components):
+            raise NotImplementedError("a mixture of points has no density; compare draws")
+        return torch.logsumexp(torch.stack([c.log_prob(value) for c in self.components]), 0) - math.log(len(self.components))
 
 
 def delta(phi: Tensor) -> dist.Delta:
     """All mass at ``phi (T, D)``."""
     return dist.Delta(phi, event_dim=1)
-
-
-def cdf(fn: Any, y: Tensor) -> Tensor:
-    """P(Y ≤ y) under ``fn`` (without event axes), also for Student-t, Poisson and negative binomial, where torch has none."""
-    if isinstance(fn, dist.StudentT):
-        return _student_cdf((y - fn.loc) / fn.scale, fn.df)
-    if isinstance(fn, dist.Poisson):
-        return torch.where(y < 0, 0.0, torch.special.gammaincc(y.floor().clamp(min=0) + 1, fn.rate))
-    if isinstance(fn, dist.NegativeBinomial):
-        return _negative_binomial_cdf(y, fn)
-    return fn.cdf(y)
 
 
 def _select(q: Any, tasks: Tensor) -> Any:
@@ -336,28 +340,13 @@ def with_points_axis(q: Any) -> Any:
     raise TypeError(f"expected a Delta, a MultivariateNormal or Particles, got {type(q).__name__}")
 
 
-def _entropy(p: Tensor) -> Tensor:
-    return -torch.xlogy(p, p).sum(-1)
-
-
-def _student_cdf(t: Tensor, df: Tensor) -> Tensor:
-    # t = √df tan a turns the density into C cos^(df-1) a: Gauss-Legendre over [0, atan(|t| / √df)]
-    nodes, weights = (torch.as_tensor(v, dtype=t.dtype, device=t.device) for v in np.polynomial.legendre.leggauss(64))
-    angle = torch.atan(t.abs() / df.sqrt())
-    a = angle[..., None] * (nodes + 1) / 2
-    integral = (weights * a.cos() ** (df[..., None] - 1)).sum(-1) * angle / 2
-    log_c = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * math.log(math.pi)
-    half = (log_c.exp() * integral).clamp(max=0.5)
-    return 0.5 + torch.where(t < 0, -half, half)
-
-
-def _negative_binomial_cdf(y: Tensor, fn: Any) -> Tensor:
-    # the probabilities of 0, 1, … summed up to the largest y; each follows from the one before
-    y = y.floor()
-    r, p = fn.total_count, fn.probs
-    term = torch.exp(r * torch.log1p(-p))
-    total = torch.zeros(torch.broadcast_shapes(y.shape, term.shape), dtype=term.dtype, device=term.device)
-    for k in range(int(y.max().clamp(min=-1)) + 1):
-        total = total + torch.where(y >= k, term, 0.0)
-        term = term * p * (k + r) / (k + 1)
-    return total.clamp(max=1.0)
+def _inference_data(sites: dict[str, Tensor], chains: int) -> Any:
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError("to_arviz needs ArviZ: pip install 'bayesmeta[arviz]'") from error
+    values = {name: np.asarray(v.unflatten(0, (chains, -1)).cpu()) for name, v in sites.items()}
+    dims = {name: ["task", *(f"{name}_{i}" for i in range(v.ndim - 3))] for name, v in values.items()}
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return arviz.from_dict({"posterior": values}, dims=dims)
+    return arviz.from_dict(posterior=values, dims=dims)

@@ -101,6 +101,8 @@ def meta_train(
     if bad_tasks not in ("raise", "skip"):
         raise ValueError(f"bad_tasks: expected 'raise' or 'skip', got {bad_tasks!r}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if learner.members:
+        return _train_members(learner, {name: value for name, value in locals().items() if name != "learner"})
     if device is not None:
         learner.to(device)
     batch, total = _batches(family, tasks_per_step)
@@ -134,6 +136,19 @@ def meta_train(
         bar.close()
     run.keep_best()
     return run.history
+
+
+def _train_members(learner: AbstractMetaLearner, arguments: dict[str, Any]) -> History:
+    """Each member of an ensemble on its own, one after the other on one random stream: other tasks in another order for each."""
+    histories, checkpoint = [], arguments.pop("checkpoint")
+    for i, member in enumerate(learner.members):
+        path = None if checkpoint is None else f"{os.fspath(checkpoint)}.member{i}"
+        histories.append(meta_train(member, checkpoint=path, **arguments))
+    steps = min(h.steps for h in histories)
+    return History(
+        loss=np.mean([h.loss[:steps] for h in histories], 0).tolist(), seconds=sum(h.seconds for h in histories),
+        stopped_early=any(h.stopped_early for h in histories), skipped=sum(h.skipped for h in histories),
+    )  # fmt: skip
 
 
 def predictive_nll(adapter: AbstractAdapter, episode: Episode, *, num_draws: int = 100, generator: torch.Generator | None = None) -> Tensor:

@@ -67,10 +67,7 @@ class ABML(AbstractMetaLearner):
 
     def guide(self, data: Points | Episode) -> None:
         """The same q as a Pyro guide: given an Episode it sees only S; given Points it sees them all."""
-        support = self.prepared(data.support if isinstance(data, Episode) else data)
-        with self.model.theta_at(self.model.sample_theta_sites()):
-            mean, sd = self._q(support, keep_graph=True)
-            self.model.sample_task_sites(dist.Normal(mean, sd).to_event(1), support)
+        self.run_guide(data, lambda support: dist.Normal(*self._q(support, keep_graph=True)).to_event(1))
 
     def _q(self, support: Points, *, keep_graph: bool) -> tuple[Tensor, Tensor]:
         mean, sd = self.model.prior_moments(support)

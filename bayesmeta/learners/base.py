@@ -13,31 +13,55 @@ from torch import Tensor, nn
 
 from ..episodes import Episode, Points
 from ..model import HierarchicalModel
-from ..posteriors import TaskPosterior
+from ..posteriors import MixturePosterior, Posterior, TaskPosterior
+from ..randomness import rng
 
 
 class AbstractAdapter(nn.Module, ABC):
     """Infers φ from a support set under the model's θ as it stands; it learns nothing."""
 
     model: HierarchicalModel
+    members: Sequence[AbstractMetaLearner]
 
     def __init__(self, model: HierarchicalModel) -> None:
         super().__init__()
         self.model = model
+        self.members = ()  # an ensemble's, each with a model of its own
 
     @abstractmethod
-    def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
+    def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
         """q(φ_i | S_i, θ) of all tasks in ``support`` at once.
 
         Randomness comes from ``generator`` alone (see `bayesmeta.randomness.rng`); nothing outside is changed. Raises
         ValueError naming task and argument where a real point of ``support`` is not finite.
         """
 
+    def adapt_over_theta(self, support: Points, *, num_theta: int = 10, generator: torch.Generator | None = None) -> Posterior:
+        """∫ q(φ_i | S_i, θ) q(θ) dθ: `adapt` under ``num_theta`` draws of θ's posterior, as a mixture; `adapt` where θ is a point."""
+        self.materialise(support)
+        parts: list[TaskPosterior] = []
+        with rng(generator):
+            for learner in self.members or (self,):
+                for _ in range(num_theta):
+                    theta = learner.model.draw_theta()
+                    torch.rand(())  # the stream moves on, so that the next draw is another
+                    if theta is None:
+                        return self.adapt(support)
+                    with learner.model.theta_at(theta.detach()):
+                        posterior = learner.adapt(support)
+                    if not isinstance(posterior, TaskPosterior):
+                        raise NotImplementedError(f"{type(learner).__name__} has no distribution over φ to average over draws of θ")
+                    posterior.theta = theta.detach()
+                    parts.append(posterior)
+        return MixturePosterior(parts)
+
     def materialise(self, data: Points | Episode) -> None:
         """Makes every parameter whose shape follows from the program, from the first data seen. Once."""
         self.model.materialise(data)
+        for member in self.members:
+            member.materialise(data)
         for module in self.modules():
-            if isinstance(module, LazyParameter):
+            if isinstance(module, AbstractLazyModule):
                 module.build(self.model)
 
     def prepared(self, points: Points, role: str = "support") -> Points:
@@ -81,6 +105,15 @@ class AbstractMetaLearner(AbstractAdapter):
         """What θ adds once, not per task: −log p(θ), or KL(q(θ) ‖ p(θ)) where θ is variational; ``()``."""
         return self.model.global_loss()
 
+    def run_guide(self, data: Points | Episode, q: Callable[[Points], Any]) -> None:
+        """Inside a Pyro guide: samples θ's sites, and the task-level sites from ``q(support)`` under that θ.
+
+        An Episode shows q its support set only, Points are all seen.
+        """
+        support = self.prepared(data.support if isinstance(data, Episode) else data)
+        with self.model.theta_at(self.model.sample_theta_sites()):
+            self.model.sample_task_sites(q(support), support)
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that the objective depends on, found by following its graph on made-up data; the others stay put."""
         points = self.model.made_up_points(2, 4)
@@ -92,8 +125,16 @@ class AbstractMetaLearner(AbstractAdapter):
         return [p for p, g in zip(parameters, grads, strict=True) if g is not None]
 
 
-class LazyParameter(nn.Module):
-    """A learned tensor whose shape follows from the program: ``make(model)`` gives its first value once the program is read."""
+class AbstractLazyModule(nn.Module, ABC):
+    """A module whose shapes follow from the program: made by `build` when the program is read."""
+
+    @abstractmethod
+    def build(self, model: HierarchicalModel) -> None:
+        """Makes the parameters, once; later calls do nothing."""
+
+
+class LazyParameter(AbstractLazyModule):
+    """A learned tensor: ``make(model)`` gives its first value once the program is read."""
 
     def __init__(self, make: Callable[[HierarchicalModel], Tensor]) -> None:
         super().__init__()

@@ -26,11 +26,8 @@ class Exact(AbstractMetaLearner):
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
         """N(φ̂ + P⁻¹ g, P⁻¹); the prior without support points."""
-        support = self.prepared(support)
-        phi, _, gradient, precision = self._expansion(support)
-        factor = torch.linalg.cholesky(precision)
-        mean = phi + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
-        return TaskPosterior(self.model, dist.MultivariateNormal(mean.detach(), precision_matrix=precision.detach()))
+        with torch.no_grad():
+            return TaskPosterior(self.model, self._q(self.prepared(support)))
 
     def log_evidence(self, points: Points) -> Tensor:
         """log p(y | θ) of each task with φ integrated out, ``(T,)``, differentiable in θ; 0 without points."""
@@ -43,6 +40,15 @@ class Exact(AbstractMetaLearner):
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """−log p(S_i ∪ Q_i | θ), ``(T,)``."""
         return -self.log_evidence(episode.union())
+
+    def guide(self, data: Points | Episode) -> None:
+        """The same q as a Pyro guide: given an Episode it sees only S; given Points it sees them all."""
+        self.run_guide(data, self._q)
+
+    def _q(self, support: Points) -> dist.MultivariateNormal:
+        phi, _, gradient, precision = self._expansion(support)
+        mean = phi + torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(precision))[..., 0]
+        return dist.MultivariateNormal(mean, precision_matrix=precision)
 
     def _expansion(self, points: Points) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         phi = self.model.initial(points).detach()
