@@ -56,6 +56,10 @@ class Particles(dist.TorchDistribution):
         tasks = torch.arange(flat.shape[1], device=flat.device).view(self.batch_shape)
         return flat[index, tasks]
 
+    def select(self, tasks: Tensor) -> Particles:
+        """The particles of the chosen tasks."""
+        return Particles(self.values[:, tasks], chains=self.chains)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Raises NotImplementedError: particles have no density."""
         raise NotImplementedError("particles have no density; compare draws, or fit a Normal to them")
@@ -317,16 +321,18 @@ def delta(phi: Tensor) -> dist.Delta:
 
 
 def _select(q: Any, tasks: Tensor) -> Any:
-    if isinstance(q, Particles):
-        return Particles(q.values[:, tasks], chains=q.chains)
+    if hasattr(q, "select"):  # the package's own
+        return q.select(tasks)
     if isinstance(q, dist.MultivariateNormal):
         return dist.MultivariateNormal(q.loc[tasks], scale_tril=q.scale_tril[tasks])
+    if isinstance(q, dist.LowRankMultivariateNormal):
+        return dist.LowRankMultivariateNormal(q.loc[tasks], q.cov_factor[tasks], q.cov_diag[tasks])
     if isinstance(q, dist.Delta):
         return delta(q.v[tasks])
     base, axes, _ = peel(q)
     if isinstance(base, dist.Normal) and axes == 1:
         return dist.Normal(base.loc[tasks], base.scale[tasks]).to_event(1)
-    raise TypeError(f"expected a Delta, Normal, MultivariateNormal or Particles, got {type(q).__name__}")
+    raise TypeError(f"expected a Delta, Normal, MultivariateNormal, LowRankMultivariateNormal or Particles, got {type(q).__name__}")
 
 
 def with_points_axis(q: Any) -> Any:
@@ -335,9 +341,11 @@ def with_points_axis(q: Any) -> Any:
         return Particles(q.values[:, :, None], chains=q.chains)
     if isinstance(q, dist.MultivariateNormal):
         return dist.MultivariateNormal(q.loc[:, None], scale_tril=q.scale_tril[:, None])
+    if isinstance(q, dist.LowRankMultivariateNormal):
+        return dist.LowRankMultivariateNormal(q.loc[:, None], q.cov_factor[:, None], q.cov_diag[:, None])
     if isinstance(q, dist.Delta):
         return dist.Delta(q.v[:, None], event_dim=1)
-    raise TypeError(f"expected a Delta, a MultivariateNormal or Particles, got {type(q).__name__}")
+    raise TypeError(f"expected a Delta, a (low-rank) MultivariateNormal or Particles, got {type(q).__name__}")
 
 
 def _inference_data(sites: dict[str, Tensor], chains: int) -> Any:

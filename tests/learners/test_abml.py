@@ -137,3 +137,38 @@ def test_noise_has_the_moments_it_promises(float64):
         pairs = standard_noise((4, 5, 8), kind, like=like)
         torch.testing.assert_close(pairs.mean(0), torch.zeros(5, 8), rtol=0, atol=1e-12)
         torch.testing.assert_close(pairs.square().mean(0), torch.ones(5, 8), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(4, 1, 6), (60, 2, 30)])
+def test_with_one_more_direction_the_fixed_point_in_two_dimensions_is_the_posterior(linear_model, counts):
+    # a diagonal plus u uᵀ is any 2 × 2 covariance, and 4 whitened draws in 3 dimensions are exact for a quadratic
+    points = ragged(counts, 2)
+    q = ABML(linear_model, inner_steps=4000, inner_lr=0.1, rank=1, num_draws=4).adapt(points).distribution
+    for task in range(3):
+        mean, precision = posterior(linear_model, points, task)
+        torch.testing.assert_close(q.mean[task], mean.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(q.covariance_matrix[task], torch.linalg.inv(precision.detach()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("program", [radon_program, positive_program])
+def test_with_a_low_rank_factor_the_loss_is_pyros_elbo(float64, program):
+    e = episode(counts_as_targets=True)
+    model = HierarchicalModel(program, example=e)
+    learner = ABML(model, inner_steps=3, inner_lr=0.05, rank=2)
+    learner.materialise(e)
+    pyro.set_rng_seed(7)
+    wanted = Trace_ELBO().loss(model, learner.guide, e)
+    got = learner.meta_loss(e, generator=torch.Generator().manual_seed(7)).sum() + learner.global_loss()
+    assert got.item() == pytest.approx(wanted, abs=1e-8)
+
+
+def test_a_low_rank_posterior_goes_through_every_door(float64):
+    e = episode()
+    learner = ABML(HierarchicalModel(radon_program), inner_steps=3, rank=1)
+    empty = learner.adapt(ragged((0, 4))).select([0])
+    torch.testing.assert_close(empty.distribution.covariance_matrix[0], torch.eye(2), rtol=0, atol=1e-12)
+    q = learner.adapt(e.support)
+    assert q.select([2, 0]).mean.shape == (2, 2)
+    draws = pyro.infer.Predictive(learner.model, guide=q.guide(), num_samples=20)(e.support)
+    assert draws["level"].shape == (20, 4)
+    assert any(p is learner.factor.value for p in learner.trained_parameters())
