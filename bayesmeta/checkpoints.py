@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,19 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     torch.save(state, buffer)
     body = buffer.getvalue()
     head = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary, previous = Path(folder, "new"), Path(folder, "previous")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
             file.write(json.dumps(head).encode() + b"\n" + body)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, path.with_name(path.name + ".previous"))
+        if path.exists():  # a copy is moved, so that there is a whole checkpoint at ``path`` at any moment
+            shutil.copy2(path, previous)
+            os.replace(previous, path.with_name(path.name + ".previous"))
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,4 +65,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected {FORMAT} version {VERSION}, got {form} version {version}")
     if hashlib.sha256(body).hexdigest() != digest:
         raise CheckpointError(f"{path}: damaged (its SHA-256 does not match); the one before is at {path.name}.previous")
-    return torch.load(io.BytesIO(body), weights_only=True)
+    if head != json.dumps({"format": form, "version": version, "sha256": digest, "bytes": len(body)}).encode():
+        raise CheckpointError(f"{path}: its first line is damaged; the one before is at {path.name}.previous")
+    try:
+        state = torch.load(io.BytesIO(body), weights_only=True)
+    except Exception as error:  # whatever a forged archive brings the safe reader to
+        raise CheckpointError(f"{path}: its contents cannot be read safely ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(state).__name__}")
+    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -75,11 +76,18 @@ def _compare(options: argparse.Namespace) -> int:
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
     family = _panel(options, say) if is_csv(options.family) else checked_choice("family", options.family, FAMILIES)
     out = options.out or Path("runs") / Path(options.family).stem
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)  # say so now, not after minutes of work
-    report = compare(
-        family, learners=_names(options.learners), steps=options.steps, seed=options.seed, num_tasks=options.tasks, say=say,
-        progress=False if options.quiet else None,
-    )  # fmt: skip
+    try:
+        report = compare(
+            family, learners=_names(options.learners), steps=options.steps, seed=options.seed, num_tasks=options.tasks, say=say,
+            progress=False if options.quiet else None,
+        )  # fmt: skip
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
     report.save(out)
     print(report.table())
     say(f"\n{time.monotonic() - start:.0f} s. Report: {out / 'report.html'}")
@@ -87,7 +95,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _names(given: list[str] | None) -> list[str] | None:
-    return None if given is None else [name for part in given for name in part.split(",") if name]
+    return None if given is None else [name for part in given for name in map(str.strip, part.split(",")) if name]
 
 
 def _panel(options: argparse.Namespace, say: object) -> Panel:

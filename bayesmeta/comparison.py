@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .episodes import Points
-from .evaluation import evaluate
+from .evaluation import DEFAULT_TASKS, evaluate
 from .learners import ABML, MAML, NUTS, CompletePooling, Exact, NoPooling
-from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice
+from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
 from .likelihoods import Gaussian
 from .model import HierarchicalModel
 from .networks import WeightNetwork
@@ -67,8 +67,10 @@ def compare(
     say = say or (lambda line: None)
     with torch.random.fork_rng():  # networks draw their first weights from torch's global stream
         torch.manual_seed(seed)
-        recipe = panel_recipe(family) if isinstance(family, Panel) else RECIPES[checked_choice("family", family, FAMILIES)]()
+        recipe = panel_recipe(family) if isinstance(family, Panel) else RECIPES[checked_choice("family", family, FAMILIES)](seed)
     names = [checked_choice("learners", name, tuple(recipe.learners)) for name in (learners or recipe.default)]
+    if num_tasks is not None:
+        checked_steps("num_tasks", num_tasks, least=1)
     trained: dict[str, AbstractAdapter] = {}
     histories: dict[str, History] = {}
     for name in dict.fromkeys(name for name in names if name != "NUTS"):  # NUTS comes later: it takes another learner's θ
@@ -122,6 +124,8 @@ def panel_recipe(panel: Panel, title: str | None = None) -> Recipe:
     train, test = panel.split("train"), panel.split("test")
     everything = train.episodes(generator=torch.Generator().manual_seed(0)).union()
     y = everything.y[everything.mask]  # type: ignore[index]
+    if not float(y.std()) > 0:
+        raise ValueError(f"{panel.target_name}: every training row has the value {float(y[0]):g}; there is nothing to learn from a constant")
     size = everything.x.shape[-1] + 1
     mean, sd = torch.zeros(size), torch.full((size,), 0.5 * float(y.std()))
     mean[0] = y.mean()
@@ -135,12 +139,12 @@ def panel_recipe(panel: Panel, title: str | None = None) -> Recipe:
     )  # fmt: skip
 
 
-def _radon() -> Recipe:
+def _radon(seed: int = 0) -> Recipe:
     # half of the counties held out, for narrow intervals; half of each county's homes seen, so that support sizes differ
-    return panel_recipe(Panel.radon(fractions=(0.5, 0.0, 0.5), num_support=0.5), "Radon in Minnesota homes, by county")
+    return panel_recipe(Panel.radon(fractions=(0.5, 0.0, 0.5), num_support=0.5, seed=seed), "Radon in Minnesota homes, by county")
 
 
-def _linear_gaussian() -> Recipe:
+def _linear_gaussian(seed: int = 0) -> Recipe:
     mean, cov = torch.tensor([1.0, -0.5]), torch.diag(torch.tensor([1.0, 0.25]))
     family = LinearGaussian(weight_mean=mean, weight_cov=cov, noise=0.5, num_support=(0, 8))
     model = HierarchicalModel(hierarchical_regression_without_level(2), example=family.sample(1, generator=_seeded()).query)
@@ -165,11 +169,11 @@ def hierarchical_regression_without_level(num_features: int) -> Callable[[Points
     return program
 
 
-def _sinusoid() -> Recipe:
+def _sinusoid(seed: int = 0) -> Recipe:
     return _network_recipe("Sinusoids", Sinusoid.maml(), (1, 40, 40, 1))
 
 
-def _sine_or_line() -> Recipe:
+def _sine_or_line(seed: int = 0) -> Recipe:
     return _network_recipe("Sine or line", SineOrLine(), (1, 100, 100, 100, 1))
 
 
@@ -202,7 +206,7 @@ def _regression_learners() -> dict[str, Make]:
     }
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+RECIPES: dict[str, Callable[[int], Recipe]] = {
     "radon": _radon, "sinusoid": _sinusoid, "sine-or-line": _sine_or_line, "linear-gaussian": _linear_gaussian,
 }  # fmt: skip
 
@@ -213,7 +217,7 @@ def _seeded() -> torch.Generator:
 
 def _how_many(family: Any, num_tasks: int | None) -> int:
     total = getattr(family, "num_tasks", None)
-    return total if total is not None else num_tasks or 1000
+    return min(num_tasks or DEFAULT_TASKS, total or num_tasks or DEFAULT_TASKS)
 
 
 def is_csv(name: str) -> bool:

@@ -7,6 +7,7 @@ Whatever stands in the padding is never looked at.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,10 +23,15 @@ def as_tensor(value: Any) -> Tensor:
     """A tensor of ``value`` (tensor, array, nested list); float64 arrays of data become the default float type."""
     if isinstance(value, Tensor):
         return value
-    array = np.asarray(value)
-    if array.dtype == object:
-        raise TypeError("expected numbers, got an array of Python objects (ragged lists go to Points.from_tasks)")
-    tensor = torch.as_tensor(np.ascontiguousarray(array))
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"expected an array of numbers; ragged lists go to Points.from_tasks ({error})") from None
+    if array.dtype.kind not in "biuf":
+        kind = "an array of Python objects" if array.dtype == object else str(array.dtype)
+        raise TypeError(f"expected numbers, got {kind} (ragged lists go to Points.from_tasks)")
+    # a copy: torch warns of arrays that must not be written to, and does not know the other byte order
+    tensor = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), order="C", copy=True))
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
@@ -88,8 +94,8 @@ class Points(NamedTuple):
         ]
 
     def select(self, tasks: Any) -> Points:
-        """The chosen tasks (an index tensor, a slice or a list of integers), in that order."""
-        index = tasks if isinstance(tasks, slice) else torch.as_tensor(tasks)
+        """The chosen tasks (an integer, a slice, a list, an index tensor or a boolean one), in that order, the task axis kept."""
+        index = tasks if isinstance(tasks, slice) else torch.atleast_1d(torch.as_tensor(tasks))
         return Points(self.x[index], None if self.y is None else self.y[index], self.mask[index])
 
     def union(self, other: Points) -> Points:
@@ -219,6 +225,8 @@ class Episode(NamedTuple):
 
 
 def _pad(values: Sequence[Tensor], name: str) -> Tensor:
+    kind = functools.reduce(torch.promote_types, (v.dtype for v in values))
+    values = [v.to(kind) for v in values]
     shapes = {tuple(v.shape[1:]) for v in values}
     if len(shapes) > 1:
         raise ValueError(f"{name}: expected the same shape of one point in every task, got {sorted(shapes)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import __version__
 from .episodes import Episode, Points
-from .learners.base import AbstractAdapter
+from .learners.base import AbstractAdapter, checked_steps
 from .metrics import accuracy, brier, crps, interval_coverage, interval_width, randomized_pit, rmse, task_mean
 from .posteriors import Posterior
 from .predictive import Predictive
@@ -50,8 +50,13 @@ def evaluate(
         raise ValueError("adapters: expected at least one, got none")
     for name, adapter in named.items():
         if not isinstance(adapter, AbstractAdapter):
-            raise TypeError(f"adapters[{name!r}]: expected a learner, got {type(adapter).__name__}")
+            raise TypeError(f"adapters[{name!r}]: expected a learner, got {_what(adapter)}")
     episode = held_out_episode(family, num_tasks, seed)
+    episode.check()
+    if episode.query.y is None:
+        raise ValueError("query.y: expected targets, got None")
+    if not bool(episode.query.mask.any()):
+        raise ValueError("no task has a query point: there is nothing to score")
     scale = float(getattr(family, "target_scale", 1.0))
     units = _units(family)
     shown = _examples(episode, examples)
@@ -69,6 +74,8 @@ def evaluate(
 
 def held_out_episode(family: TaskFamily | Episode, num_tasks: int | None, seed: int) -> Episode:
     """The episode that ``seed`` fixes: every task of a finite family in order, or ``num_tasks`` (default 1,000) of them at random."""
+    if num_tasks is not None:
+        checked_steps("num_tasks", num_tasks, least=1)
     if isinstance(family, Episode):
         return family if num_tasks is None else family.select(slice(0, num_tasks))
     generator = torch.Generator().manual_seed(seed)
@@ -85,6 +92,10 @@ def environment() -> dict[str, str]:
         "bayesmeta": __version__, "python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__,
         "numpy": np.__version__, "threads": str(torch.get_num_threads()), "machine": f"{platform.system()} {platform.machine()}",
     }  # fmt: skip
+
+
+def _what(value: object) -> str:
+    return f"the class {value.__name__}: construct it with a model" if isinstance(value, type) else type(value).__name__
 
 
 def _result(
@@ -129,7 +140,7 @@ def _scores(p: Predictive, query: Points, generator: torch.Generator, scale: flo
         lower, upper = p.interval(level / 100)
         scores[f"coverage{level}"] = interval_coverage(lower, upper, y, mask)
         scores[f"width{level}"] = scale * interval_width(lower, upper, mask)
-    u = torch.rand(y.shape, generator=generator).to(y) if p.is_discrete else torch.ones_like(y)
+    u = torch.rand(y.shape, generator=generator).to(nll) if p.is_discrete else torch.ones_like(y)
     pit = randomized_pit(p.cdf_below(y), p.cdf(y), u)
     return scores, {"pit": torch.where(mask, pit, torch.nan).cpu().numpy()}
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro.distributions as dist
 import torch
+from scipy import special
 from torch import Tensor
+from torch.distributions import constraints, transform_to
 
 from .packing import peel
 from .randomness import rng
@@ -76,7 +77,9 @@ class Predictive:
 
     @property
     def variance(self) -> Tensor:
-        """``(T, N)`` or ``(T, N, *O)``: the mean of the variances plus the variance of the means."""
+        """``(T, N)`` or ``(T, N, *O)``: the mean of the variances plus the variance of the means. Raises for classes."""
+        if isinstance(self._base, dist.Categorical):
+            raise ValueError("classes have no variance: use probs")
         return self._each(lambda fn: fn.variance).mean(0) + self.means.var(0, unbiased=False)
 
     @property
@@ -112,25 +115,24 @@ class Predictive:
             raise ValueError(f"q: expected a number between 0 and 1, got {q}")
         if self.is_classification:
             raise ValueError("classes have no quantiles: use probs")
-        centre, spread = self.means, self._each(lambda fn: fn.variance).clamp(min=1e-12).sqrt()
-        spread = torch.where(spread.isfinite(), spread, torch.ones_like(spread))
-        low, high = (centre - 8 * spread).amin(0), (centre + 8 * spread).amax(0)
-        for _ in range(60):  # heavy tails: widen until the quantile is inside
-            below, above = self.cdf(low) > q, self.cdf(high) < q
-            if not bool((below | above).any()):
-                break
-            width = high - low
-            low, high = torch.where(below, low - width, low), torch.where(above, high + width, high)
-        if self.is_discrete:
-            low, high = low.floor().clamp(min=-1), high.ceil()
-        for _ in range(80):
-            middle = (low + high) / 2
-            middle = middle.floor() if self.is_discrete else middle
-            enough = self.cdf(middle) >= q
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-            if bool((high - low <= (1 if self.is_discrete else 1e-7 * (1 + high.abs()))).all()):
-                break
-        return high if self.is_discrete else (low + high) / 2
+        with torch.no_grad():
+            low, high = self._bracket(q)
+            below, above = self.cdf(low), self.cdf(high)
+            for _ in range(2_000):  # halving reaches the last bit of any float long before
+                middle = low + (high - low) / 2
+                middle = middle.floor() if self.is_discrete else middle
+                reached = self.cdf(middle)
+                enough = reached >= q
+                low, below = torch.where(enough, low, middle), torch.where(enough, below, reached)
+                high, above = torch.where(enough, middle, high), torch.where(enough, reached, above)
+                if self.is_discrete:
+                    done = high - low <= 1
+                else:
+                    eps = 4 * torch.finfo(low.dtype).eps
+                    done = (high - low <= eps * torch.maximum(low.abs(), high.abs())) | (above - below <= eps)
+                if bool((done | reached.isnan()).all()):
+                    break
+            return high if self.is_discrete else low + (high - low) / 2
 
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
         """The central interval of probability ``level``: lower and upper end, each ``(T, N)``."""
@@ -139,12 +141,12 @@ class Predictive:
     def sample(self, n: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         """``(n, T, N)`` draws of y. One draw is from one φ, so its points belong to one function of x.
 
-        The draws of φ are taken in turn, in random order, so that every one stands for its share of the mixture.
+        The draws of φ are taken in turn, and the last incomplete turn at random, so that every one stands for its share of the mixture.
         """
         with rng(generator), torch.no_grad():
-            passes = -(-n // self.num_draws)
-            y = torch.cat([fn.sample((passes,)) for fn in self.components], 1).flatten(0, 1)
-            return y[torch.randperm(len(y))[:n]] if passes == 1 else y[:n]
+            whole, rest = divmod(n, self.num_draws)
+            y = torch.cat([fn.sample((whole + (rest > 0),)) for fn in self.components], 1).flatten(0, 1)
+            return torch.cat([y[: n - rest], y[n - rest :][torch.randperm(self.num_draws)[:rest]]]) if rest else y
 
     def decompose(self) -> Decomposition:
         """Splits the predictive variance (entropy, for classes) into aleatoric, φ and θ parts."""
@@ -160,6 +162,29 @@ class Predictive:
         theta = means.mean(1).var(0, unbiased=False)
         return Decomposition(aleatoric + phi + theta, aleatoric, phi, theta)
 
+    def _bracket(self, q: float) -> tuple[Tensor, Tensor]:
+        """Values with the mixture's quantile between them: the least and the largest quantile of a component, or found by doubling."""
+        if self.is_discrete:
+            low = torch.full_like(self.means[0], -1.0)
+            high = low.neg()
+        else:
+            try:
+                ends = torch.cat([base.icdf(self.means.new_full((), q)) for base in self._bases])
+                low, high = ends.amin(0), ends.amax(0)
+            except NotImplementedError:
+                shape = torch.broadcast_shapes(*(base.batch_shape[1:] for base in self._bases))
+                high = self._base.sample().new_ones(shape)
+                low = high.neg()
+        # a unit of one last bit where all components agree
+        width = torch.maximum(high - low, 4 * torch.finfo(low.dtype).eps * low.abs().clamp(min=torch.finfo(low.dtype).tiny))
+        for _ in range(1_100):
+            too_high, too_low = self.cdf(low) > q, self.cdf(high) < q
+            if not bool((too_high | too_low).any()):
+                break
+            low, high = torch.where(too_high, low - width, low), torch.where(too_low, high + width, high)
+            width = 2 * width
+        return low, high
+
     def _each(self, of: Callable[[Any], Tensor]) -> Tensor:
         return torch.cat([of(fn) for fn in self.components])
 
@@ -174,42 +199,35 @@ class Predictive:
         y = torch.as_tensor(y)
         scalar = len(self.event_shape) == 0
         y = y[..., 0] if scalar and y.dim() == 3 and y.shape[-1] == 1 else y
-        return y.to(self._base.mean.dtype) if y.is_floating_point() and not self.is_classification else y
+        return y if isinstance(self._base, dist.Categorical) else y.to(self._base.mean.dtype)
 
 
 def cdf(fn: Any, y: Tensor) -> Tensor:
-    """P(Y ≤ y) under ``fn`` (without event axes), also for Student-t, Poisson and negative binomial, where torch has none."""
+    """P(Y ≤ y) under ``fn`` (without event axes) at any real y; by scipy's special functions where torch has none."""
     if isinstance(fn, dist.StudentT):
-        return _student_cdf((y - fn.loc) / fn.scale, fn.df)
+        return _by_scipy(special.stdtr, fn.df, (y - fn.loc) / fn.scale)
     if isinstance(fn, dist.Poisson):
-        return torch.where(y < 0, 0.0, torch.special.gammaincc(y.floor().clamp(min=0) + 1, fn.rate))
+        k = y.floor()
+        return torch.where(k < 0, 0.0, _by_scipy(special.pdtr, k.clamp(min=0), fn.rate))
     if isinstance(fn, dist.NegativeBinomial):
-        return _negative_binomial_cdf(y, fn)
-    return fn.cdf(y)
+        k = y.floor()
+        return torch.where(k < 0, 0.0, _by_scipy(special.betaincc, k.clamp(min=0) + 1, fn.total_count, fn.probs))
+    if isinstance(fn, dist.Binomial):
+        k, trials = y.floor(), fn.total_count
+        inside = (k >= 0) & (k < trials)
+        part = _by_scipy(special.bdtr, torch.where(inside, k, 0.0), trials.clamp(min=1), fn.probs)
+        return torch.where(inside, part, (k >= 0).to(part.dtype))
+    if fn.support.is_discrete or fn.support is constraints.real:
+        return fn.cdf(y)
+    inside = fn.support.check(y)  # a positive target: nothing lies below 0
+    part = fn.cdf(torch.where(inside, y, transform_to(fn.support)(torch.zeros_like(y))))
+    return torch.where(inside, part, (y >= getattr(fn.support, "upper_bound", math.inf)).to(part.dtype))
+
+
+def _by_scipy(function: Callable[..., Any], *arguments: Tensor) -> Tensor:
+    values = function(*(a.detach().double().cpu().numpy() for a in torch.broadcast_tensors(*arguments)))
+    return torch.as_tensor(values).to(arguments[0])
 
 
 def _entropy(p: Tensor) -> Tensor:
     return -torch.xlogy(p, p).sum(-1)
-
-
-def _student_cdf(t: Tensor, df: Tensor) -> Tensor:
-    # t = √df tan a turns the density into C cos^(df-1) a: Gauss-Legendre over [0, atan(|t| / √df)]
-    nodes, weights = (torch.as_tensor(v, dtype=t.dtype, device=t.device) for v in np.polynomial.legendre.leggauss(64))
-    angle = torch.atan(t.abs() / df.sqrt())
-    a = angle[..., None] * (nodes + 1) / 2
-    integral = (weights * a.cos() ** (df[..., None] - 1)).sum(-1) * angle / 2
-    log_c = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * math.log(math.pi)
-    half = (log_c.exp() * integral).clamp(max=0.5)
-    return 0.5 + torch.where(t < 0, -half, half)
-
-
-def _negative_binomial_cdf(y: Tensor, fn: Any) -> Tensor:
-    # the probabilities of 0, 1, … summed up to the largest y; each follows from the one before
-    y = y.floor()
-    r, p = fn.total_count, fn.probs
-    term = torch.exp(r * torch.log1p(-p))
-    total = torch.zeros(torch.broadcast_shapes(y.shape, term.shape), dtype=term.dtype, device=term.device)
-    for k in range(int(y.max().clamp(min=-1)) + 1):
-        total = total + torch.where(y >= k, term, 0.0)
-        term = term * p * (k + r) / (k + 1)
-    return total.clamp(max=1.0)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .episodes import Episode
-from .learners.base import AbstractAdapter, AbstractMetaLearner
+from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
 from .metrics import task_mean
 from .tasks.base import TaskFamily
 
@@ -98,8 +98,19 @@ def meta_train(
         raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
     if steps < 0 or validate_every < 1 or checkpoint_every < 1:
         raise ValueError(f"expected steps >= 0 and *_every >= 1, got {steps}, {validate_every}, {checkpoint_every}")
-    if bad_tasks not in ("raise", "skip"):
-        raise ValueError(f"bad_tasks: expected 'raise' or 'skip', got {bad_tasks!r}")
+    checked_choice("bad_tasks", bad_tasks, ("raise", "skip"))
+    for name, value in (
+        ("tasks_per_step", tasks_per_step), ("num_tasks", num_tasks), ("patience", patience), ("validation_tasks", validation_tasks)
+    ):  # fmt: skip
+        if value is not None:
+            checked_steps(name, value, least=1)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a number above 0, got {clip}")
+    if optimizer is not None and isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: expected a factory, say lambda params: torch.optim.Adam(params, 1e-3), got a {type(optimizer).__name__}: "
+            "parameters may not exist before the first data are seen"
+        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if learner.members:
         return _train_members(learner, {name: value for name, value in locals().items() if name != "learner"})
@@ -176,20 +187,20 @@ class _Run:
 
     def step(self, episode: Episode, total: int, clip: float | None, bad_tasks: str) -> float:
         where = f"step {self.history.steps + 1}"
-        model = self.learner.model
-        with model.theta_at(model.draw_theta(self.generator)):
-            losses = self.learner.meta_loss(episode, generator=self.generator)
-            bad = ~losses.detach().isfinite()
-            if bool(bad.any()):
-                if bad_tasks == "raise" or bool(bad.all()):
-                    task = int(bad.nonzero()[0])
-                    raise TrainingError(
-                        f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
-                        "parameters are at their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
-                    )
-                self.history.skipped += int(bad.sum())
-                losses = losses[~bad]
-            loss = losses.mean() + self.learner.global_loss() / total
+        before = self.generator.get_state()
+        losses, rest = self.losses(episode)
+        bad = ~losses.detach().isfinite()
+        if bool(bad.any()):
+            if bad_tasks == "raise" or bool(bad.all()):
+                task = int(bad.nonzero()[0])
+                raise TrainingError(
+                    f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
+                    "parameters are at their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
+                )
+            self.history.skipped += int(bad.sum())
+            self.generator.set_state(before)
+            losses, rest = self.losses(episode.select(~bad))  # anew: the gradient of a loss that is not finite is NaN even when masked
+        loss = losses.mean() + rest / total
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward(inputs=self.parameters)
         norm = clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
@@ -197,11 +208,21 @@ class _Run:
             raise TrainingError(
                 f"{where}: the loss is {loss.item()}, the gradient's norm {norm.item()}; parameters are at their last finite value"
             )
+        last = [p.detach().clone() for p in self.parameters]
         self.optimiser.step()
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            self.restore(last)
+            raise TrainingError(f"{where}: the step is not finite; parameters are at their last finite value. Lower the learning rate")
         if self.scheduler is not None:
             self.scheduler.step()
         self.history.loss.append(loss.item())
         return loss.item()
+
+    def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """The tasks' losses ``(T,)`` and θ's own, under one draw of θ where it is variational."""
+        model = self.learner.model
+        with model.theta_at(model.draw_theta(self.generator)):
+            return self.learner.meta_loss(episode, generator=self.generator), self.learner.global_loss()
 
     def validate(self, episode: Episode, patience: int | None) -> None:
         value = float(predictive_nll(self.learner, episode).nanmean())
@@ -217,28 +238,43 @@ class _Run:
 
     def keep_best(self) -> None:
         if self.best is not None:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, self.best, strict=True):
-                    parameter.copy_(value)
+            self.restore(self.best)
+
+    def restore(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        save_checkpoint(path, {
-            "learner": type(self.learner).__name__, "parameters": self.learner.state_dict(), "optimiser": self.optimiser.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(), "generator": self.generator.get_state(),
+        save_checkpoint(path, self.kinds() | {
+            "parameters": self.learner.state_dict(), "optimiser_state": self.optimiser.state_dict(),
+            "schedule_state": None if self.scheduler is None else self.scheduler.state_dict(), "generator": self.generator.get_state(),
             "history": vars(self.history), "best": self.best, "since_best": self.since_best,
         })  # fmt: skip
 
+    def kinds(self) -> dict[str, str]:
+        """What a checkpoint must be of to go on from it."""
+        return {
+            "learner": type(self.learner).__name__, "optimiser": type(self.optimiser).__name__, "schedule": type(self.scheduler).__name__,
+        }  # fmt: skip
+
     def load(self, path: str | os.PathLike[str]) -> None:
         state = load_checkpoint(path)
-        if state["learner"] != type(self.learner).__name__:
-            raise CheckpointError(f"{path}: of a {state['learner']}, expected a {type(self.learner).__name__}")
-        try:
-            self.learner.load_state_dict(state["parameters"])
-            self.optimiser.load_state_dict(state["optimiser"])
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path}: of another model or optimiser ({str(error).splitlines()[0]})") from error
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        for what, kind in self.kinds().items():
+            if what not in state:
+                raise CheckpointError(f"{path}: not a checkpoint of training: it has no {what}")
+            if state[what] != kind:
+                raise CheckpointError(f"{path}: {what}: of a {state[what]}, expected a {kind}")
+        ours, theirs = (
+            {name: tuple(value.shape) for name, value in values.items()} for values in (self.learner.state_dict(), state["parameters"])
+        )
+        if ours != theirs:
+            odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            raise CheckpointError(f"{path}: of another model: {', '.join(f'{n} is {theirs.get(n)}, expected {ours.get(n)}' for n in odd)}")
+        self.learner.load_state_dict(state["parameters"])
+        self.optimiser.load_state_dict(state["optimiser_state"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["schedule_state"])
         self.generator.set_state(state["generator"])
         self.history, self.best, self.since_best = History(**state["history"]), state["best"], state["since_best"]
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 THIRD_PARTY = {
-    "ground": {"torch", "pyro", "numpy", "arviz"},  # arviz: inside to_arviz alone, an optional extra
+    "ground": {"torch", "pyro", "numpy", "scipy", "arviz"},  # arviz: inside to_arviz alone, an optional extra
     "metrics": {"torch", "scipy", "numpy", "pyro"},
     "plots": {"numpy", "matplotlib", "torch", "scipy"},
     "report": {"numpy", "matplotlib", "torch"},

@@ -116,11 +116,13 @@ class AbstractMetaLearner(AbstractAdapter):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that the objective depends on, found by following its graph on made-up data; the others stay put."""
-        points = self.model.made_up_points(2, 4)
+        points = self.model.made_up_points(2, max(4, self.model.num_classes or 0))  # of every class a point: some losses need one
         self.materialise(points)
         parameters = [p for p in self.parameters() if p.requires_grad]
         with torch.enable_grad():
             loss = self.meta_loss(Episode(points, points)).sum() + self.global_loss()
+            if not parameters or not loss.requires_grad:
+                return []
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [p for p, g in zip(parameters, grads, strict=True) if g is not None]
 
@@ -158,7 +160,8 @@ def checked_steps(name: str, value: int, *, least: int = 0) -> int:
 def checked_choice(name: str, value: object, choices: Sequence[str]) -> str:
     """``value`` where it is one of ``choices``, else ValueError with the nearest."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        lower = {choice.lower(): choice for choice in choices}
+        near = difflib.get_close_matches(str(value).lower(), lower, 1)
+        hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
     return str(value)
