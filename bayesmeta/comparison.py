@@ -125,7 +125,7 @@ def panel_recipe(panel: Panel, title: str | None = None) -> Recipe:
     everything = train.episodes(generator=torch.Generator().manual_seed(0)).union()
     y = everything.y[everything.mask]  # type: ignore[index]
     if not float(y.std()) > 0:
-        raise ValueError(f"{panel.target_name}: every training row has the value {float(y[0]):g}; there is nothing to learn from a constant")
+        raise ValueError(f"{panel.target_name}: every training row has the value {float(y[0]):g}: there is nothing to learn")
     size = everything.x.shape[-1] + 1
     mean, sd = torch.zeros(size), torch.full((size,), 0.5 * float(y.std()))
     mean[0] = y.mean()

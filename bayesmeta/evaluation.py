@@ -177,11 +177,13 @@ def _bands(
         return ()
     grids = [_grid(episode, task) for task in shown]
     inputs = torch.stack([_inputs(episode, task, grid) for task, grid in zip(shown, grids, strict=True)])
+    after = _curves(posterior.select(shown), inputs, num_draws, seed)
+    if after is None:  # classes have no curve, and some classifiers no answer to an empty support
+        return ()
     support = episode.support.select(shown)
     empty = Points(support.x, support.y, torch.zeros_like(support.mask))
     before = _curves(adapter.adapt(empty, generator=_seeded(seed)), inputs, num_draws, seed)
-    after = _curves(posterior.select(shown), inputs, num_draws, seed)
-    if before is None or after is None:
+    if before is None:
         return ()
     x_units, y_units = units
     bands = []

@@ -7,10 +7,13 @@ plate, then the ``points`` plate where there is one, then the event.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -39,6 +42,21 @@ class Site:
         return self.shape.numel()
 
 
+def param_value(parameters: Parameters, msg: Any) -> Tensor:
+    """What answers a param message: ``parameters`` a ``pyro.param`` statement; a module that announces its own parameter has the value."""
+    if msg["fn"] == pyro.get_param_store().get_param:
+        return parameters(msg["name"], msg["args"][1:], msg["kwargs"].get("constraint"))
+    value = msg["fn"](*msg["args"], **msg["kwargs"])
+    return value if hasattr(value, "unconstrained") else attach_leaf(value, value)
+
+
+def attach_leaf(value: Tensor, leaf: Tensor) -> Tensor:
+    """``value`` with the attribute by which Pyro's optimisers find the unconstrained ``leaf`` behind it."""
+    value = value.view(value.shape) if value is leaf else value
+    value.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+    return value
+
+
 class Program(Messenger):
     """Answers ``pyro.param`` from the model; leaves every sample statement to Pyro, but masks the padding of ``y``."""
 
@@ -47,11 +65,12 @@ class Program(Messenger):
         self.parameters, self.points = parameters, points
 
     def _pyro_param(self, msg: Any) -> None:
-        msg["value"] = self.parameters(msg["name"], msg["args"][1:], msg["kwargs"].get("constraint"))
+        msg["value"] = param_value(self.parameters, msg)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == TARGET and not isinstance(msg["fn"], _Subsample):
             target = Target(msg, self.points)
+            msg["value"] = target.as_value(msg["value"])
             base = target.base.mask(target.full_mask())
             msg["fn"] = base.to_event(target.event_axes) if target.event_axes else base
 
@@ -72,6 +91,11 @@ class Target:
         """The distribution of one point's y, batch ``(*S, T, N)``."""
         return self.base.to_event(self.point_axes) if self.point_axes else self.base
 
+    def as_value(self, y: Any) -> Any:
+        """``y``; whole-number labels of a Bernoulli as the real numbers that torch wants."""
+        whole = isinstance(y, Tensor) and not y.is_floating_point()
+        return y.to(self.base.mean.dtype) if whole and isinstance(self.base, dist.Bernoulli) else y
+
     def full_mask(self) -> Tensor:
         """The program's masks and the padding's, shaped to stand before the base's batch axes."""
         mask = self.points.mask[(...,) + (None,) * self.point_axes]
@@ -82,7 +106,7 @@ class Target:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log p(y | φ, θ) of each task, ``(*S, T)``; what is masked counts 0."""
-        value = torch.where(self.full_mask(), self.base.log_prob(y), 0.0) * self.scale
+        value = torch.where(self.full_mask(), self.base.log_prob(self.as_value(y)), 0.0) * self.scale
         return value.flatten(value.dim() - self.point_axes - 1).sum(-1)
 
 
@@ -116,7 +140,7 @@ class Run(Messenger):
         self.target: Target | None = None
 
     def _pyro_param(self, msg: Any) -> None:
-        msg["value"] = self.parameters(msg["name"], msg["args"][1:], msg["kwargs"].get("constraint"))
+        msg["value"] = param_value(self.parameters, msg)
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -238,7 +262,9 @@ class Ancestral:
         """The site's constrained value and its term (see `Fill`)."""
         own = fn.batch_shape[len(fn.batch_shape) - part.plates :] if part.plates else fn.batch_shape
         fn = fn.expand(self.draws + own)
-        value = fn.rsample() if fn.has_rsample else fn.sample()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Singular sample")  # Wishart remarks on draws that it then repairs
+            value = fn.rsample() if fn.has_rsample else fn.sample()
         batch = value.shape[: len(self.draws) + (1 if part.plates else 0)]
         self.packed.append(transform.inv(value).reshape(*batch, part.site.size))
         return value, 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from .episodes import Episode, Points
-from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, site_normal
+from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, attach_leaf, site_normal
 from .networks import AbstractNetwork, NormalPrior, WeightNetwork
 from .packing import log_det, peel
 from .posteriors import with_points_axis
@@ -26,6 +25,7 @@ from .randomness import rng
 from .survey import ModelError, Survey, made_up, read
 
 THETA_KINDS = ("map", "variational", "nuts")
+TAKEN = frozenset(dir(nn.ParameterDict()))  # attributes of torch's own ("half", "values"): no names for its entries
 
 
 class HierarchicalModel(nn.Module):
@@ -49,7 +49,6 @@ class HierarchicalModel(nn.Module):
         self.program = program
         self.theta_kind = theta
         self.params = nn.ParameterDict()
-        self._constraints: dict[str, Any] = {}
         self._sites: list[Site] | None = None
         self._theta_sites: list[Site] = []
         self._plates = 1
@@ -57,6 +56,7 @@ class HierarchicalModel(nn.Module):
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
         self._target_support: Any = None
+        self._num_classes: int | None = None
         self._start: tuple[int, float] | None = None  # another starting point, asked for before the program was read
         self._anchor: Tensor
         self.theta_draws: Tensor
@@ -83,7 +83,7 @@ class HierarchicalModel(nn.Module):
     def forward(self, data: Points | Episode) -> Any:
         """Runs the program, for `SVI`, `NUTS`, `Predictive` and autoguides; an Episode is observed as S ∪ Q."""
         points = self.prepare(data)
-        with pyro.settings.context(module_local_params=True), Program(self._parameter, points):
+        with own_parameters(self.program), Program(self._parameter, points):
             if isinstance(self.program, nn.Module) and not isinstance(self.program, PyroModule):
                 for name, parameter in self.program.named_parameters():  # a PyroModule announces its own
                     announce(name, parameter)
@@ -128,14 +128,15 @@ class HierarchicalModel(nn.Module):
                 "the first data that a model sees must have a real point and its y, got none; "
                 "give HierarchicalModel(program, example=points)"
             )
-        first = next(self.parameters(), None)
+        before, first = self._anchor, next(self.parameters(), None)
         if first is not None:
             self._anchor = first.detach().new_zeros(())
         elif self._anchor.dtype == self._default_dtype and points.x.is_floating_point():
             self._anchor = self._anchor.to(points.x.dtype)  # a plain function's θ takes the dtype of the data
         task, point = points.mask.nonzero()[0].tolist()
         here = (slice(task, task + 1), slice(point, point + 1))
-        row = Points(points.x[here], points.y[here], points.mask[here]).to(device=self._anchor.device, dtype=self._anchor.dtype)
+        row = Points(points.x[here].detach(), points.y[here].detach(), points.mask[here])
+        row = row.to(device=self._anchor.device, dtype=self._anchor.dtype)
         sizes = ((2, 4), (3, 5))
         try:
             small, large = (self._survey(made_up(row, *size)) for size in sizes)
@@ -143,18 +144,25 @@ class HierarchicalModel(nn.Module):
             self._row = made_up(row, *sizes[0])
             self._make_theta()
             self._check_draws()
+            self._check_owned()
             self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
             self._global_factors = small.has_factors(in_tasks=False)
             self._target_support = _fixed_support(small.statements["y"].fn)
+            self._num_classes = _num_classes(small.statements["y"].fn)
             if self._start is not None:
                 self.reinitialise(self._start[0], jitter=self._start[1])
         except BaseException:
             self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
+            self._anchor = before
+            for name in ("theta_loc", "theta_log_scale", "theta_draws"):
+                if hasattr(self, name):
+                    delattr(self, name)
             raise
 
     def _parameter(self, name: str, args: tuple[Any, ...], constraint: Any) -> Tensor:
         """Answers the statement ``pyro.param(name, *args, constraint=)`` from ``params``; makes it when the program is first read."""
         key = name.replace(".", "__")
+        key = f"{key}_" if key in TAKEN else key
         if key not in self.params:
             if self._sites is not None:
                 raise ModelError(
@@ -170,6 +178,12 @@ class HierarchicalModel(nn.Module):
             self.params[key] = self._new_parameter(name, args[0], constraint)
         leaf = self.params[key]
         value = transform_to(constraint)(leaf)
+        if self._sites is None and args and isinstance(args[0], Tensor) and args[0].shape != value.shape:
+            raise ModelError(
+                f"pyro.param('{name}') has shape {tuple(value.shape)} in one run and {tuple(args[0].shape)} in another: a parameter's "
+                "shape must not depend on the numbers of tasks and points; sample what belongs to a task inside "
+                '`with pyro.plate("tasks", points.num_tasks):`'
+            )
         return attach_leaf(value, leaf)
 
     def _new_parameter(self, name: str, init: Any, constraint: Any) -> nn.Parameter:
@@ -183,9 +197,9 @@ class HierarchicalModel(nn.Module):
     # --- reading the program, once
 
     def _survey(self, points: Points) -> Survey:
-        survey = Survey(self._parameter)
+        survey = Survey(self._parameter, self._anchor)
         try:
-            with torch.no_grad(), poutine.block(), pyro.settings.context(module_local_params=True), survey:
+            with torch.no_grad(), poutine.block(), own_parameters(self.program), survey:
                 self.program(points)
         except ModelError:
             raise
@@ -193,6 +207,7 @@ class HierarchicalModel(nn.Module):
             raise ModelError(
                 f"the program failed on {points.num_tasks} tasks of {points.num_points} points, x of shape {tuple(points.x.shape)}: "
                 f"{type(error).__name__}: {error}"
+                + ("; several values a task are an event: end the distribution with .to_event(1)" if "inside plate" in str(error) else "")
             ) from error
         return survey
 
@@ -210,6 +225,20 @@ class HierarchicalModel(nn.Module):
         if got not in ((2, tasks, points), (tasks, points)):
             raise ModelError(f"with 2 draws of φ the distribution of y has batch shape {got}, expected {(2, tasks, points)}; {hint}")
 
+    def _check_owned(self) -> None:
+        """What is learned must be the model's own: nothing else would be trained, copied and moved with it."""
+        assert self._row is not None
+        with torch.enable_grad():
+            run = self._run(Packed(self._anchor.new_zeros(self._row.num_tasks, self.dim)), self._row)
+            total = sum(torch.as_tensor(part).sum() for part in (run.hyper, run.prior, run.likelihood))
+        own = {id(p) for p in self.parameters()}
+        foreign = [tuple(leaf.shape) for leaf in _leaves(total) if id(leaf) not in own]
+        if foreign:
+            raise ModelError(
+                f"the program depends on tensors that require a gradient and are not the model's, of shapes {foreign}: a module that the "
+                "function only refers to? Write the program as a PyroModule that holds it, or freeze it with .requires_grad_(False)"
+            )
+
     def _make_theta(self) -> None:
         if not self._theta_sites:
             return
@@ -217,7 +246,7 @@ class HierarchicalModel(nn.Module):
         moments = Moments()
         with torch.no_grad():
             self._run(Packed(self._anchor.new_zeros(self._row.num_tasks, self.dim)), self._row, moments)
-        self.theta_loc = nn.Parameter(torch.cat(moments.means).clone())
+        self.theta_loc = nn.Parameter(torch.cat(moments.means).to(self._anchor).clone())
         if self.theta_kind == "variational":
             self.theta_log_scale = nn.Parameter(torch.full_like(self.theta_loc, 0.1).log())
         if self.theta_kind == "nuts":
@@ -230,7 +259,8 @@ class HierarchicalModel(nn.Module):
         packed, seen = Packed(phi), []
 
         def fill(fn: Any, transform: Any, part: Any) -> tuple[Tensor, Tensor]:
-            seen.append(peel(fn)[0])
+            base, _, masks = peel(fn)
+            seen.append(fn if masks else base)  # a masked prior counts less than its density
             return packed(fn, transform, part)
 
         with torch.enable_grad():
@@ -358,7 +388,7 @@ class HierarchicalModel(nn.Module):
         """
         moments = Moments()
         self._run(moments, self.prepare(points), sites_only=True)
-        return torch.cat(moments.means, -1), torch.cat(moments.sds, -1)
+        return torch.cat(moments.means, -1).to(self._anchor), torch.cat(moments.sds, -1).to(self._anchor)
 
     def initial(self, points: Points | Episode) -> Tensor:
         """The prior's mean in packed space, ``(T, D)``, differentiable in θ: where gradient-based learners start."""
@@ -379,11 +409,13 @@ class HierarchicalModel(nn.Module):
 
     def log_parts(self, phi: Tensor, points: Points | Episode) -> tuple[Tensor, Tensor]:
         """log p(φ | θ) and log p(y | φ, θ), each ``(*S, T)``, in one run of the program."""
-        return self._parts(self._run(Packed(self._checked(phi)), self.prepare(points)), phi)
+        points = self.prepare(points)
+        return self._parts(self._run(Packed(self._checked(phi)), points), phi)
 
     def log_full_joint(self, phi: Tensor, theta: Tensor, points: Points | Episode) -> Tensor:
         """log p(y, φ, θ) of all tasks together, ``()``, at ``phi (T, D)`` and ``theta (G,)``, both packed, Jacobians included."""
-        run = self._run(Packed(self._checked(phi)), self.prepare(points), Packed(theta))
+        points = self.prepare(points)
+        run = self._run(Packed(self._checked(phi)), points, Packed(theta))
         return run.hyper + torch.as_tensor(run.prior).sum() + torch.as_tensor(run.likelihood).sum()
 
     def mean_field_parts(self, phi: Tensor, mean: Tensor, sd: Tensor, points: Points | Episode) -> tuple[Tensor, Tensor]:
@@ -391,7 +423,19 @@ class HierarchicalModel(nn.Module):
 
         The KL is analytic site by site where Pyro knows it, else taken at the draw (as `TraceMeanField_ELBO` has it).
         """
-        return self._parts(self._run(MeanField(self._checked(phi), mean, sd), self.prepare(points)), phi)
+        points = self.prepare(points)
+        return self._parts(self._run(MeanField(self._checked(phi), mean, sd), points), phi)
+
+    def divergence(self, phi: Tensor, other: Tensor, points: Points | Episode) -> Tensor:
+        """KL(p(y | φ, θ) ‖ p(y | φ', θ)) of each task, summed over its real points: two ``(*S, T, D)`` to ``(*S, T)``.
+
+        Its Hessian in φ' at φ' = φ is the Fisher information. Raises ValueError where the likelihood has no divergence in closed form.
+        """
+        points = self.prepare(points)
+        here, there = (self._run(Packed(self._checked(value)), points).target for value in (phi, other))
+        assert here is not None and there is not None
+        value = torch.where(here.full_mask(), point_divergence(here.base, there.base), 0.0) * here.scale
+        return value.flatten(value.dim() - here.point_axes - 1).sum(-1).expand(other.shape[:-1])
 
     def predict(self, phi: Tensor, x: Tensor) -> Any:
         """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``."""
@@ -402,8 +446,9 @@ class HierarchicalModel(nn.Module):
         points = Points(x, None, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
         try:
             target = self._run(Packed(self._checked(phi)), points).target
-        except AttributeError as error:
-            raise ModelError(f"the program must run without targets (points.y is None) to predict: {error}") from error
+        except (AttributeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"the program must run without targets (points.y is None) to predict: {reason}") from error
         assert target is not None
         fn = target.point()
         batch = phi.shape[:-1] + x.shape[1:2]
@@ -507,7 +552,7 @@ class HierarchicalModel(nn.Module):
         run = Run(self._parameter, points, self._plates, self.sites, phi, self._theta_sites, theta, sites_only=sites_only)
         # No validation inside: a task whose φ has diverged gives NaN of its own, not an exception for all. Data are checked before.
         unvalidated = pyro.validation_enabled(False)
-        with contextlib.suppress(AllSitesSeen), poutine.block(), pyro.settings.context(module_local_params=True), unvalidated, run:
+        with contextlib.suppress(AllSitesSeen), poutine.block(), own_parameters(self.program), unvalidated, run:
             self.program(points)
         return run
 
@@ -521,11 +566,24 @@ class HierarchicalModel(nn.Module):
             raise ValueError(f"phi: expected shape (*S, T, D) with D = {self.dim}, got {tuple(phi.shape)}")
         return phi
 
+    @property
+    def num_classes(self) -> int | None:
+        """C where y is one of the classes 0 … C − 1 (a Categorical), else None."""
+        self.sites  # noqa: B018 - raises before the program is read
+        return self._num_classes
+
     def made_up_points(self, tasks: int, points: int) -> Points:
-        """``tasks`` equal tasks of ``points`` equal points, made of the first point the model has seen: for what needs no data."""
+        """``tasks`` equal tasks of ``points`` points at one x, made of the first point the model has seen: for what needs no data.
+
+        y is that point's own; where it is a class, every class in turn.
+        """
         self.sites  # noqa: B018 - raises before the program is read
         assert self._row is not None
-        return made_up(self._row.to(device=self._anchor.device, dtype=self._anchor.dtype), tasks, points)
+        same = made_up(self._row.to(device=self._anchor.device, dtype=self._anchor.dtype), tasks, points)
+        if self._num_classes is None or same.y is None:
+            return same
+        classes = (torch.arange(points) % self._num_classes).to(same.y)
+        return same._replace(y=classes.view(1, points, *(1,) * (same.y.dim() - 2)).expand_as(same.y))
 
 
 class ProgramPrior(dist.TorchDistribution):
@@ -554,7 +612,7 @@ class ProgramPrior(dist.TorchDistribution):
         with torch.no_grad():
             ancestral = Ancestral(torch.Size(sample_shape))
             self.model._run(ancestral, self.points, sites_only=True)
-            return torch.cat(ancestral.packed, -1)
+            return torch.cat(ancestral.packed, -1).to(self._mean)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``(*S, T, D)`` to ``(*S, T)``, the Jacobian of the packing included."""
@@ -585,11 +643,49 @@ class NetworkProgram(nn.Module):
             pyro.sample("y", y_given_output.mask(points.mask).to_event(1), obs=y)
 
 
+def point_divergence(here: Any, there: Any) -> Tensor:
+    """KL(here ‖ there) of the distributions of one point's y. Raises ValueError where their family has none in closed form."""
+    try:
+        return torch.distributions.kl_divergence(here, there)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the likelihood {type(here).__name__} has no Kullback–Leibler divergence in closed form, so no Gauss–Newton curvature: "
+            "take hessian='exact'"
+        ) from error
+
+
 def _fixed_support(fn: Any) -> Any:
     """The support of one point's y, or None where it may differ from point to point."""
     support = peel(fn)[0].support
     bounds = [b for b in vars(support).values() if isinstance(b, Tensor)]
     return None if any(b.dim() for b in bounds) else support
+
+
+@contextmanager
+def own_parameters(program: Any) -> Iterator[None]:
+    """Inside, PyroModules in ``program`` announce their parameters and keep them out of Pyro's store.
+
+    Their contexts count as entered: entering one itself would swap the contents of the store, and a guide's parameters there would
+    lose what Pyro's optimisers find them by.
+    """
+    modules = program.modules() if isinstance(program, nn.Module) else ()
+    contexts = {id(c): c for c in (module.__dict__.get("_pyro_context") for module in modules) if c is not None}.values()
+    with pyro.settings.context(module_local_params=bool(contexts)):
+        for context in contexts:
+            context.active += 1
+            context.used = True
+        try:
+            yield
+        finally:
+            for context in contexts:
+                context.active -= 1
+                if not context.active:
+                    context.cache.clear()
+
+
+def _num_classes(fn: Any) -> int | None:
+    base = peel(fn)[0]
+    return int(base.probs.shape[-1]) if isinstance(base, dist.Categorical) else None
 
 
 def announce(name: str, parameter: nn.Parameter) -> None:
@@ -598,19 +694,24 @@ def announce(name: str, parameter: nn.Parameter) -> None:
     effectful(lambda *_, **__: value, type="param")(name, name=name)
 
 
-def attach_leaf(value: Tensor, leaf: Tensor) -> Tensor:
-    """``value`` with the attribute by which Pyro's optimisers find the unconstrained ``leaf`` behind it."""
-    value = value.view(value.shape) if value is leaf else value
-    value.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
-    return value
-
-
 def _remember(kinds: dict[str, tuple[Any, Any]], fill: Fill) -> Fill:
     def remember(fn: Any, transform: Any, part: Any) -> tuple[Tensor, Any]:
         kinds[part.site.name] = (fn, transform)
         return fill(fn, transform, part)
 
     return remember
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """The tensors at the end of the graph of ``value``."""
+    seen, todo = set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 def _reaches(value: Tensor, leaf: Tensor) -> bool:

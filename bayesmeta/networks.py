@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +51,8 @@ class WeightNetwork(AbstractNetwork):
         self._shapes = [p.shape for p in parameters.values()]
         self._sizes = [p.numel() for p in parameters.values()]
         self.dim = sum(self._sizes)
-        # The module is called with weights handed in; its own must not show up as θ.
-        self._module = [module.requires_grad_(False)]
+        # A copy, so that the caller's is never changed; called with weights handed in, so its own must not show up as θ.
+        self._module = [copy.deepcopy(module).requires_grad_(False)]
 
     @property
     def module(self) -> nn.Module:
@@ -75,6 +77,10 @@ class WeightNetwork(AbstractNetwork):
         for _ in phi.shape[:-2]:
             run = vmap(run, in_dims=(0, None))
         return run(phi, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightNetwork:
+        self.module._apply(fn, recurse)  # its buffers move along
+        return super()._apply(fn, recurse)
 
     def _one(self, phi: Tensor, x: Tensor) -> Tensor:
         weights = {n: v.view(s) for n, v, s in zip(self._names, phi.split(self._sizes), self._shapes, strict=True)}
@@ -229,5 +235,7 @@ def _check_deterministic(module: nn.Module) -> None:
         kind = type(part).__name__
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
             raise ValueError(f"module '{name}' is {kind}: a network must be deterministic given φ; leave dropout out")
+        if isinstance(part, nn.RNNBase | nn.MultiheadAttention) and part.dropout > 0:
+            raise ValueError(f"module '{name}' is {kind} with dropout={part.dropout}: a network must be deterministic given φ; set it to 0")
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
             raise ValueError(f"module '{name}' is {kind} with running statistics: use GroupNorm or LayerNorm, or track_running_stats=False")

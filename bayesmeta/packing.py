@@ -87,6 +87,8 @@ def packing_transform(support: constraints.Constraint) -> Transform:
     if isinstance(support, constraints.independent):
         inner = packing_transform(support.base_constraint)
         return IndependentTransform(inner, support.reinterpreted_batch_ndims) if inner.domain.event_dim == 0 else inner
+    if support is constraints.positive or support is constraints.nonnegative:
+        return transforms.ExpTransform()  # torch adds an affine map by 0 and 1, and would not know the KL to a LogNormal
     if support is constraints.lower_cholesky:
         return VectorToCholesky()
     if support is constraints.positive_definite:
@@ -148,7 +150,7 @@ def packed_moments(fn: Any, transform: Transform, shape: torch.Size) -> tuple[Te
             if isinstance(base, dist.StudentT):
                 sd = torch.where(base.df > 2, (base.df / (base.df - 2).clamp(min=1e-6)).sqrt(), torch.ones_like(base.df)) * sd
             return base.loc.expand(target), sd.expand(target)
-        if isinstance(base, dist.MultivariateNormal):
+        if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
             return base.loc.expand(target), base.variance.sqrt().expand(target)
         if isinstance(base, dist.Delta):
             return base.v.expand(target), torch.zeros_like(base.v).expand(target)
@@ -161,7 +163,7 @@ def packed_moments(fn: Any, transform: Transform, shape: torch.Size) -> tuple[Te
         warnings.simplefilter("ignore")  # Wishart remarks on draws that it then repairs
         draws = transform.inv(fn.rsample((4096,)) if fn.has_rsample else fn.sample((4096,)))
     # partial correlations under an LKJ prior are symmetric about 0
-    mean = torch.zeros_like(draws[0]) if isinstance(base, dist.LKJCholesky) else draws.mean(0)
+    mean = torch.zeros_like(draws[0]) if isinstance(base, dist.LKJ | dist.LKJCholesky) else draws.mean(0)
     return mean.expand(target), draws.std(0).expand(target)
 
 
@@ -175,6 +177,15 @@ def _dirichlet_moments(concentration: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (torch.polygamma(1, a) + torch.polygamma(1, rest)).sqrt()
 
 
+def _first_guess(fn: Any, transform: Transform) -> tuple[Tensor, Tensor]:
+    """Mean and sd of ``fn`` itself; NaN where it does not know them (many transformed distributions)."""
+    try:
+        return fn.mean, fn.stddev
+    except NotImplementedError:
+        unknown = torch.full_like(fn.log_prob(transform(torch.zeros(()))), torch.nan)
+        return unknown, unknown
+
+
 def _quadrature_moments(fn: Any, transform: Transform) -> tuple[Tensor, Tensor]:
     """Moments of u = transform⁻¹(v), v ~ fn univariate, by the trapezoid rule on u = m + s sinh τ.
 
@@ -183,24 +194,24 @@ def _quadrature_moments(fn: Any, transform: Transform) -> tuple[Tensor, Tensor]:
     """
     nodes = torch.linspace(-6.0, 6.0, 481, dtype=torch.float64)
     nodes = nodes.reshape(-1, *(1,) * len(fn.batch_shape))
-    limit = 80.0 if fn.mean.dtype == torch.float32 else 600.0
     fn = fn.expand(fn.batch_shape)
     fn._validate_args = False
+    mean, sd = _first_guess(fn, transform)
+    limit = 80.0 if mean.dtype == torch.float32 else 600.0
 
     def moments(centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        u = centre + scale * nodes.sinh().to(centre.dtype)
+        u = centre + scale * nodes.sinh().to(centre)
         inside = u.abs() < limit
         u = torch.where(inside, u, centre)
         v = transform(u)
         log_density = fn.log_prob(v) + transform.log_abs_det_jacobian(u, v)
         inside = inside & log_density.isfinite()
         log_density = torch.where(inside, log_density, log_density.new_tensor(-torch.inf))
-        weight = torch.softmax(log_density + nodes.cosh().log().to(u.dtype), 0)
+        weight = torch.softmax(log_density + nodes.cosh().log().to(u), 0)
         mean = (weight * u).sum(0)
         return mean, (weight * (u - mean) ** 2).sum(0).sqrt()
 
     with torch.no_grad():
-        mean, sd = fn.mean, fn.stddev
         usable = mean.isfinite() & sd.isfinite() & (sd > 0)
         v = torch.where(usable, mean, transform(torch.zeros_like(mean)))
         centre = transform.inv(v)

@@ -337,6 +337,8 @@ def _select(q: Any, tasks: Tensor) -> Any:
 
 def with_points_axis(q: Any) -> Any:
     """``q`` with batch ``(T,)`` as a distribution with batch ``(T, 1)``."""
+    if hasattr(q, "with_points_axis"):  # a learner's own kind
+        return q.with_points_axis()
     if isinstance(q, Particles):
         return Particles(q.values[:, :, None], chains=q.chains)
     if isinstance(q, dist.MultivariateNormal):

@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 
 from .episodes import Points
-from .handlers import TARGET, TASKS, Parameters, Site
+from .handlers import TARGET, TASKS, Parameters, Site, param_value
 from .packing import packing_transform, peel
 
 
@@ -45,17 +45,19 @@ class Survey(Messenger):
     Nothing is drawn, so that improper priors and any random state are left alone.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, like: torch.Tensor) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.parameters, self.like = parameters, like
         self.statements: dict[str, Statement] = {}
+        self.asked: set[str] = set()  # the names of pyro.param statements
 
     def has_factors(self, *, in_tasks: bool) -> bool:
         """Whether an observed statement other than y (``pyro.factor``, say) stands inside, or outside, the tasks plate."""
         return any(s.observed and s.name != TARGET and any(f[0] == TASKS for f in s.frames) == in_tasks for s in self.statements.values())
 
     def _pyro_param(self, msg: Any) -> None:
-        msg["value"] = self.parameters(msg["name"], msg["args"][1:], msg["kwargs"].get("constraint"))
+        self.asked.add(msg["name"])
+        msg["value"] = param_value(self.parameters, msg)
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -66,7 +68,7 @@ class Survey(Messenger):
         if not msg["is_observed"]:
             transform = _transform(name, fn)
             shape = fn.batch_shape + transform.inverse_shape(fn.event_shape)
-            like = fn.mean if _floating(fn) else torch.zeros(())
+            like = fn.mean if _floating(fn) else self.like
             msg["value"] = transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
@@ -86,14 +88,18 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
     plates = _check_target(small, tasks, points)
     _check_target(large, tasks2, points2)
     sites, theta = [], []
+    for kind, here, there in (("pyro.param", small.asked, large.asked), ("site", set(small.statements), set(large.statements))):
+        for name in sorted(here ^ there):
+            with_it, without = ((tasks, points), (tasks2, points2)) if name in here else ((tasks2, points2), (tasks, points))
+            raise ModelError(
+                f"{kind} '{name}' is there for {with_it[0]} tasks of {with_it[1]} points and not for {without[0]} of {without[1]}: "
+                "the program's sites and parameters must not depend on the data"
+            )
     for statement in small.statements.values():
         name, fn = statement.name, statement.fn
-        other = large.statements.get(name)
-        if other is None:
-            raise ModelError(
-                f"site '{name}' is there for {tasks} tasks and not for {tasks2}: the program's sites must not depend on the data"
-            )
+        other = large.statements[name]
         if statement.observed:
+            _check_observed(statement, other)
             continue
         if not any(frame[0] == TASKS for frame in statement.frames):
             shape = fn.batch_shape + fn.event_shape
@@ -103,7 +109,7 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
                     f'{tasks} tasks): move it inside `with pyro.plate("{TASKS}", points.num_tasks):`'
                 )
             packed = fn.batch_shape + _transform(name, fn).inverse_shape(fn.event_shape)
-            theta.append(Site(name, shape, packed))
+            theta.append(Site(name, torch.Size(shape), torch.Size(packed)))
             continue
         if len(statement.frames) > 1:
             extra = next(frame[0] for frame in statement.frames if frame[0] != TASKS)
@@ -111,15 +117,33 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
                 f"task-level site '{name}' stands inside the plate '{extra}' too: a task's parameters must not grow with its points; "
                 f"sample it directly in the tasks plate, a vector with .to_event(1)"
             )
+        if tuple(fn.batch_shape) != (tasks,) + (1,) * (plates - 1):
+            raise ModelError(
+                f"task-level site '{name}' has batch shape {tuple(fn.batch_shape)}, expected {(tasks,) + (1,) * (plates - 1)}, one value a "
+                f"task: a vector needs .to_event(1), and one value per point is no parameter of a task"
+            )
         if fn.event_shape != other.fn.event_shape:
             raise ModelError(
                 f"task-level site '{name}' has event shape {tuple(fn.event_shape)} for {points} points and {tuple(other.fn.event_shape)} "
                 f"for {points2}: a task's parameters must have a fixed size"
             )
-        sites.append(Site(name, fn.event_shape, _transform(name, fn).inverse_shape(fn.event_shape)))
+        packed = _transform(name, fn).inverse_shape(fn.event_shape)
+        sites.append(Site(name, torch.Size(fn.event_shape), torch.Size(packed)))
     if not sites:
         raise ModelError(f'no latent site in the tasks plate: a task needs parameters, sampled inside `with pyro.plate("{TASKS}", ...)`')
     return sites, theta, plates
+
+
+def _check_observed(statement: Statement, other: Statement) -> None:
+    """Refuses data other than y with one value per point: only y knows which points are padding."""
+    if statement.name == TARGET or not any(frame[0] == TASKS for frame in statement.frames):
+        return
+    one_task, same = (s.fn.batch_shape[1:] + s.fn.event_shape for s in (statement, other))
+    if len(statement.frames) > 1 or one_task != same:
+        raise ModelError(
+            f"observed site '{statement.name}' has one value per point: only \"{TARGET}\" knows which points are real, so observe all "
+            f'outputs in "{TARGET}", (T, N, O)'
+        )
 
 
 def _check_target(survey: Survey, tasks: int, points: int) -> int:

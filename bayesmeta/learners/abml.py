@@ -20,6 +20,7 @@ never leave, by symmetry). A task without support points has U = 0: q is then th
 | num_draws | | draws of φ for each inner expectation; they are shared by all tasks |
 | noise | | "whitened" (exact for a quadratic where num_draws > D + R), "antithetic" or "iid" |
 | rank | R | 0: a diagonal Normal |
+| step_units | | "prior": steps of α σ_θ² ∇ instead of α ∇, for narrow priors (of weights), where plain ones diverge at α > 2 N σ_θ² |
 | first_order | | take the inner gradients as constants |
 
 The outer expectation takes one draw a task, as `pyro.infer.SVI` does with ``learner.guide``: same loss, same seed.
@@ -48,12 +49,13 @@ class ABML(AbstractMetaLearner):
 
     def __init__(
         self, model: HierarchicalModel, *, inner_steps: int = 5, inner_lr: float = 0.1, kl_weight: float = 1.0,
-        num_draws: int = 5, noise: str = "whitened", rank: int = 0, first_order: bool = False,
+        num_draws: int = 5, noise: str = "whitened", rank: int = 0, step_units: str = "plain", first_order: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
         self.kl_weight, self.first_order, self.rank = kl_weight, first_order, checked_steps("rank", rank)
         self.num_draws, self.noise = checked_steps("num_draws", num_draws, least=1), checked_choice("noise", noise, KINDS)
+        self.step_units = checked_choice("step_units", step_units, ("plain", "prior"))
         if rank:
             self.factor = LazyParameter(self._first_factor)
 
@@ -89,8 +91,17 @@ class ABML(AbstractMetaLearner):
                 phi = phi + (values[2] @ noise[..., self.model.dim :, None])[..., 0]
             return -self._elbo(phi, values, support, self.kl_weight).mean(0) / n
 
+        def moved(*steps: Tensor) -> Values:
+            return tuple(v + unit * step for v, unit, step in zip(start, units, steps, strict=True))
+
         alpha: list[Tensor | float] = [self.inner_lr] * self.inner_steps
-        return descend(loss, start, alpha, first_order=self.first_order, keep_graph=keep_graph)
+        if self.step_units == "plain":
+            return descend(loss, start, alpha, first_order=self.first_order, keep_graph=keep_graph)
+        start = start if keep_graph else tuple(v.detach() for v in start)
+        units = (start[1], start[1], start[1][..., None])[: len(start)]
+        steps = tuple(torch.zeros_like(v) for v in start)
+        steps = descend(lambda *s: loss(*moved(*s)), steps, alpha, first_order=self.first_order, keep_graph=keep_graph)
+        return moved(*steps)
 
     def _elbo(self, phi: Tensor, values: Values, points: Points, kl_weight: float) -> Tensor:
         """log p(points | φ) − w KL at the draws ``phi (*S, T, D)`` of q, ``(*S, T)``."""

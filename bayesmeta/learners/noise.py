@@ -27,5 +27,6 @@ def standard_noise(size: tuple[int, int, int], kind: str, *, like: Tensor) -> Te
         factor = torch.linalg.cholesky(covariance)
         return torch.linalg.solve_triangular(factor, noise.permute(1, 2, 0), upper=False).permute(2, 0, 1)
     half = noise[: math.ceil(draws / 2)]
+    half = torch.where(half == 0, torch.finfo(half.dtype).eps, half)  # float32 noise is exactly 0 once in ten million: no scale to scale by
     noise = torch.cat([half, -half])[:draws]
     return noise / noise.square().mean(0).sqrt()

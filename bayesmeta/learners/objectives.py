@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..episodes import Points
@@ -21,3 +22,20 @@ def mean_nll(model: HierarchicalModel, phi: Tensor, points: Points) -> Tensor:
 def value_of(loss: Tensor, surrogate: Tensor) -> Tensor:
     """The value of ``loss`` with the gradient of ``surrogate``."""
     return loss.detach() + surrogate - surrogate.detach()
+
+
+def class_members(support: Points, num_classes: int, learner: str) -> Tensor:
+    """Which real point is of which class, ``(T, N, C)`` bool.
+
+    Raises ValueError naming task and class where a class has no point: it then has no place in the embedding.
+    """
+    assert support.y is not None
+    y = support.y[..., 0] if support.y.dim() == 3 else support.y
+    members = (y[..., None] == torch.arange(num_classes, device=y.device)) & support.mask[..., None]
+    empty = ~members.any(1)
+    if bool(empty.any()):
+        task, label = (int(i) for i in empty.nonzero()[0])
+        raise ValueError(
+            f"{learner}: support: task {task} has no point of class {label}: expected one or more of each of the {num_classes} classes"
+        )
+    return members

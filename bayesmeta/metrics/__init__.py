@@ -4,6 +4,7 @@ Where ``mask`` is False nothing matters, NaN included. One value a task, ``(T,)`
 `bootstrap_interval` and `paired_difference` leave out. At a real point NaN makes a score NaN, or counts as a miss; never as a hit.
 """
 
+from .ambiguity import ModeCoverage, label_coverage, mode_coverage
 from .calibration import calibration_curve, calibration_error, central_coverage_curve, pit_band, pit_histogram, randomized_pit
 from .classification import (
     Reliability,
@@ -22,6 +23,7 @@ from .selective import RiskCoverage, auroc, risk_coverage, risk_coverage_area
 
 __all__ = [
     "Interval",
+    "ModeCoverage",
     "Reliability",
     "RiskCoverage",
     "accuracy",
@@ -41,7 +43,9 @@ __all__ = [
     "gaussian_wasserstein2",
     "interval_coverage",
     "interval_width",
+    "label_coverage",
     "maximum_calibration_error",
+    "mode_coverage",
     "paired_difference",
     "pit_band",
     "pit_histogram",

@@ -1,9 +1,11 @@
 """Families of tasks: what a learner is trained on and shown. They know no learner and no model."""
 
 from bayesmeta.tasks.base import TaskFamily
+from bayesmeta.tasks.circles import Circles
+from bayesmeta.tasks.gaussian_process import GaussianProcess
 from bayesmeta.tasks.linear_gaussian import LinearGaussian
 from bayesmeta.tasks.panel import Panel
 from bayesmeta.tasks.sine_or_line import SineOrLine
 from bayesmeta.tasks.sinusoid import Sinusoid
 
-__all__ = ["LinearGaussian", "Panel", "SineOrLine", "Sinusoid", "TaskFamily"]
+__all__ = ["Circles", "GaussianProcess", "LinearGaussian", "Panel", "SineOrLine", "Sinusoid", "TaskFamily"]

@@ -172,3 +172,34 @@ def test_a_low_rank_posterior_goes_through_every_door(float64):
     draws = pyro.infer.Predictive(learner.model, guide=q.guide(), num_samples=20)(e.support)
     assert draws["level"].shape == (20, 4)
     assert any(p is learner.factor.value for p in learner.trained_parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_steps_in_units_of_the_prior(linear_model, rank):
+    """One step moves (μ, σ, U) by α σ_θ² times the plain gradient; the fixed point is the same."""
+    support = ragged((4, 3), 2)
+    with torch.no_grad():
+        linear_model.params["sd"].copy_(torch.tensor([0.05, 2.0]).log())
+    plain, prior = (ABML(linear_model, inner_steps=1, inner_lr=0.01, rank=rank, step_units=u) for u in ("plain", "prior"))
+    for learner in (plain, prior):
+        learner.materialise(support)
+        if rank:
+            with torch.no_grad():
+                learner.factor.value.copy_(torch.tensor([[0.1], [-0.2]]))
+    one, two = (
+        learner._adapted(learner.prepared(support), keep_graph=False) for learner in (plain, prior) if torch.manual_seed(3)
+    )
+    mean, sd = linear_model.prior_moments(support)
+    start = (mean, sd, torch.tensor([[0.1], [-0.2]]).expand(2, 2, 1))[: 2 + rank]
+    for v0, a, b in zip(start, one, two, strict=True):
+        scale = sd.square() if v0.dim() == 2 else sd.square()[..., None]
+        torch.testing.assert_close(b - v0, scale * (a - v0), rtol=1e-9, atol=1e-14)
+        assert (a - v0).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("draws", [2, 3, 4])
+def test_noise_that_is_exactly_zero_keeps_its_scale(monkeypatch, draws):
+    """It happens once in ten million draws of float32, and a network's training draws that many in minutes."""
+    monkeypatch.setattr(torch, "randn", lambda *size, **kwargs: torch.zeros(*size, **kwargs))
+    noise = standard_noise((draws, 1, 5), "antithetic", like=torch.zeros(()))
+    torch.testing.assert_close(noise.square().mean(0), torch.ones(1, 5))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import AbstractMetaLearner, Episode, HierarchicalModel, Points, TaskPosterior
-from bayesmeta.learners import ABML, MAML, NUTS, CompletePooling, Exact, NoPooling
+from bayesmeta import AbstractMetaLearner, Episode, HierarchicalModel, MixturePosterior, Points, TaskPosterior
+from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, NUTS, PLATIPUS, CompletePooling, Ensemble, Exact, NoPooling, Reptile
 from bayesmeta.likelihoods import Categorical, Gaussian
 from bayesmeta.networks import HeadNetwork, WeightNetwork
 
@@ -20,15 +20,35 @@ LEARNERS = {
     "MAML": lambda model: MAML(model, inner_steps=3, inner_lr=0.1),
     "FOMAML": lambda model: MAML(model, inner_steps=3, inner_lr=0.1, first_order=True),
     "MetaSGD": lambda model: MAML(model, inner_steps=2, inner_lr=0.1, learn_lr="per_parameter"),
+    "Reptile": lambda model: Reptile(model, inner_steps=3, inner_lr=0.1),
+    "LLAMA": lambda model: LLAMA(model, inner_steps=3, inner_lr=0.1, eta=0.05, damping=0.1),
+    "LLAMA evidence": lambda model: LLAMA(model, inner_steps=3, inner_lr=0.02, objective="evidence"),
+    "LLAMA diagonal": lambda model: LLAMA(
+        model, inner_steps=3, inner_lr=0.02, objective="evidence", curvature="diagonal", hessian="gauss_newton"
+    ),
     "ABML": lambda model: ABML(model, inner_steps=3, inner_lr=0.1),
     "ABML antithetic": lambda model: ABML(model, inner_steps=3, inner_lr=0.1, noise="antithetic", num_draws=4, kl_weight=0.5),
+    "ABML low rank": lambda model: ABML(model, inner_steps=2, inner_lr=0.05, rank=1, step_units="prior"),
+    "BMAML": lambda model: BMAML(model, num_particles=3, inner_steps=2, inner_lr=1e-3),
+    "BMAML predictive": lambda model: BMAML(
+        model, num_particles=3, inner_steps=2, inner_lr=1e-3, objective="predictive", bandwidth=0.5
+    ),
+    "BMAML first order": lambda model: BMAML(model, num_particles=3, inner_steps=2, inner_lr=1e-3, first_order=True),
+    "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=2, inner_lr=0.05, num_particles=4, noise="antithetic", num_draws=2),
+    "Ensemble of MAMLs": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=2, inner_lr=0.1), size=3),
+    "Ensemble of ABMLs": lambda model: Ensemble(model, lambda one: ABML(one, inner_steps=2, inner_lr=0.1), size=2, seed=3),
     "NUTS": lambda model: NUTS(model, num_draws=8, warmup=8, chains=1),
     "Exact": lambda model: Exact(model),
 }
 QUADRATIC_ONLY = {"Exact"}
 SAMPLERS = {"NUTS"}
-EXACT_PRIOR = {"ABML", "ABML antithetic", "Exact"}  # and NUTS, whose draws are checked on their own
-POINTS = {"NoPooling", "CompletePooling", "MAML", "FOMAML", "MetaSGD"}
+LAPLACE = {"LLAMA", "LLAMA evidence", "LLAMA diagonal"}
+EXACT_PRIOR = {"ABML", "ABML antithetic", "ABML low rank", "PLATIPUS", "Exact"} | LAPLACE  # and NUTS, whose draws are checked on their own
+POINTS = {"NoPooling", "CompletePooling", "MAML", "FOMAML", "MetaSGD", "Reptile"}
+ENSEMBLES = {"Ensemble of MAMLs", "Ensemble of ABMLs"}  # of an empty support each member has its own prior: see test_ensemble
+STEIN = {"BMAML", "BMAML predictive", "BMAML first order"}  # Stein steps on the prior: see test_bmaml
+# a stopped gradient, by definition: first order, leaders, φ_K as a target, or a gradient that is another objective's
+STOPPED = {"FOMAML", "MetaSGD", "NoPooling", "CompletePooling", "Reptile", "BMAML", "BMAML first order"}
 
 every_learner = pytest.mark.parametrize("name", LEARNERS)
 every_meta_learner = pytest.mark.parametrize("name", [name for name in LEARNERS if name not in SAMPLERS])
@@ -77,10 +97,12 @@ def seeded():
 
 
 def numbers(posterior):
-    """Everything a posterior is made of."""
+    """Everything a posterior is made of, the task axis first."""
+    if isinstance(posterior, MixturePosterior):
+        return tuple(v for c in posterior.components for v in numbers(c))
     q = posterior.distribution
     if hasattr(q, "values"):
-        return (q.values,)
+        return (q.values.transpose(0, 1),)
     return (q.mean,) if posterior.is_point else (q.mean, q.variance)
 
 
@@ -103,7 +125,7 @@ def test_shapes(name, model_name):
     learner, e = make(name, model_name)
     posterior = learner.adapt(e.support, generator=seeded())
     dim = learner.model.dim
-    assert isinstance(posterior, TaskPosterior)
+    assert isinstance(posterior, MixturePosterior if name in ENSEMBLES else TaskPosterior)
     assert posterior.distribution.batch_shape == (4,)
     assert posterior.distribution.event_shape == (dim,)
     assert posterior.is_point == (name in POINTS)
@@ -194,7 +216,7 @@ def test_exactly_the_trained_parameters_get_a_gradient(name, model_name):
     assert any(bool((p.grad != 0).any()) for p in learner.trained_parameters())
 
 
-@pytest.mark.parametrize("name", ["MAML", "FOMAML", "NoPooling", "CompletePooling"])
+@pytest.mark.parametrize("name", ["MAML", "FOMAML", "NoPooling", "CompletePooling", "Reptile"])
 def test_what_point_learners_do_not_train(name):
     learner, _ = make(name)
     assert not any(p is learner.model.params["sd"] for p in learner.trained_parameters())
@@ -212,7 +234,7 @@ def test_empty_support(name):
         if name in EXACT_PRIOR:
             torch.testing.assert_close(q.distribution.mean[0], mean[0].detach(), rtol=0, atol=1e-12)
             torch.testing.assert_close(q.distribution.variance[0], sd[0].detach() ** 2, rtol=0, atol=1e-12)
-        elif name not in SAMPLERS:
+        elif name in POINTS:
             torch.testing.assert_close(q.mean[0], start[0], rtol=0, atol=1e-12)
     if name in SAMPLERS:
         many = NUTS(model, num_draws=20_000, chains=1).adapt(empty, generator=seeded()).draws()
@@ -248,7 +270,7 @@ def test_the_meta_gradient_is_the_finite_difference(name, model_name):
     parameters = learner.trained_parameters()
     gradients = torch.autograd.grad(learner.meta_loss(e, generator=seeded()).sum(), parameters, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    if name in ("FOMAML", "NoPooling", "CompletePooling") or name == "MetaSGD":
+    if name in STOPPED:
         assert any(bool((g != 0).any()) for g in gradients)
         return
     direction = [torch.randn_like(p) for p in parameters]

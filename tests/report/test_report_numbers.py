@@ -52,7 +52,7 @@ def test_calibration_error_is_that_of_metrics(report):
         estimate, lower, upper = ends(row_of(report.summary(), name, "calibration_error"))
         levels = torch.arange(1, 21, dtype=pit.dtype) / 21
         curves = torch.stack([metrics.calibration_curve(t[None], ~t[None].isnan(), levels=levels) for t in pit])
-        error = lambda curves: ((curves.mean(0) - levels) ** 2).mean()  # noqa: E731
+        error = lambda curves, levels=levels: ((curves.mean(0) - levels) ** 2).mean()  # noqa: E731
         assert estimate == pytest.approx(float(error(curves)), abs=1e-15)
         expected = metrics.bootstrap_statistic(error, curves, seed=report.seed, resamples=2000)
         assert (lower, upper) == pytest.approx((expected.lower, expected.upper), abs=1e-12)
