@@ -127,7 +127,7 @@ def test_select(model, kind):
 
 
 def test_select_refuses_what_it_does_not_know(model):
-    with pytest.raises(TypeError, match="expected a Delta, Normal, .*MultivariateNormal or Particles, got Independent"):
+    with pytest.raises(TypeError, match=r"expected a Delta, Normal, .*MultivariateNormal or Particles, got Independent"):
         TaskPosterior(model, dist.Laplace(torch.zeros(T, D), 1.0).to_event(1)).select([0])
 
 
