@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from . import __version__
-from .comparison import FAMILIES, compare, is_csv
+from .comparison import compare, is_csv
 from .learners.base import checked_choice
+from .recipes import FAMILIES
 from .survey import ModelError
 from .tasks import Panel
 from .training import TrainingError
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("family", nargs="?", default="radon", help=f"{', '.join(FAMILIES)}, or a CSV file of grouped rows (default: radon)")
     one.add_argument(
         "--learners", nargs="+", metavar="NAME",
-        help="which learners, say NoPooling MAML ABML NUTS Exact (default: those that suit the family)",
+        help="which learners, say NoPooling MAML BMAML NUTS, or all (default: those that suit the family)",
     )
     one.add_argument("--steps", type=int, help="training steps of each learner (default: the family's own)")
     one.add_argument("--seed", type=int, default=0, help="seed of everything: data splits, initial weights, training, draws (default: 0)")

@@ -19,7 +19,7 @@ from torch.distributions import constraints, transform_to
 from .episodes import Episode, Points
 from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, attach_leaf, site_normal
 from .networks import AbstractNetwork, NormalPrior, WeightNetwork
-from .packing import log_det, peel
+from .packing import log_det, packing_transform, peel
 from .posteriors import with_points_axis
 from .randomness import rng
 from .survey import ModelError, Survey, made_up, read
@@ -69,14 +69,19 @@ class HierarchicalModel(nn.Module):
     @classmethod
     def from_network(
         cls, network: AbstractNetwork, likelihood: nn.Module, prior: NormalPrior | None = None,
-        *, example: Points | Episode | None = None,
+        *, example: Points | Episode | None = None, theta: str = "map",
     ) -> HierarchicalModel:
         """A network's φ under a learned Normal prior: p(φ | θ) = N(μ_θ, diag σ_θ²), y ~ likelihood(network(φ, x)).
 
         ``network``: one of `bayesmeta.networks`. ``likelihood``: one of `bayesmeta.likelihoods`. ``prior``: a `NormalPrior`
-        to set the initial scale or a hyperprior; by default it starts at the network's own initial weights.
+        to set the initial scale or a hyperprior; by default it starts at the network's own initial weights. ``theta``: with
+        "variational" or "nuts", μ_θ and 1/σ_θ² are global sample sites "mean" and "precision" under the prior's hyperprior, which
+        it then needs (ValueError without one); the likelihood's parameters and shared features stay a point.
         """
-        return cls(NetworkProgram(network, likelihood, prior or NormalPrior.of(network)), example)
+        prior = prior or NormalPrior.of(network)
+        if theta != "map" and prior.hyperprior is None:
+            raise ValueError(f"theta={theta!r} needs a hyperprior: give prior=NormalPrior.of(network, hyperprior=(a, b)), say (1.0, 0.01)")
+        return cls(NetworkProgram(network, likelihood, prior, sampled=theta != "map"), example, theta=theta)
 
     # --- the program and its parameters
 
@@ -142,7 +147,7 @@ class HierarchicalModel(nn.Module):
             small, large = (self._survey(made_up(row, *size)) for size in sizes)
             self._sites, self._theta_sites, self._plates = read(small, large, sizes)
             self._row = made_up(row, *sizes[0])
-            self._make_theta()
+            self._make_theta(small)
             self._check_draws()
             self._check_owned()
             self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
@@ -239,16 +244,24 @@ class HierarchicalModel(nn.Module):
                 "function only refers to? Write the program as a PyroModule that holds it, or freeze it with .requires_grad_(False)"
             )
 
-    def _make_theta(self) -> None:
+    def _make_theta(self, survey: Survey) -> None:
         if not self._theta_sites:
             return
         assert self._row is not None
         moments = Moments()
         with torch.no_grad():
             self._run(Packed(self._anchor.new_zeros(self._row.num_tasks, self.dim)), self._row, moments)
-        self.theta_loc = nn.Parameter(torch.cat(moments.means).to(self._anchor).clone())
+        loc, at = torch.cat(moments.means).to(self._anchor).clone(), 0
+        sd = torch.full_like(loc, 0.1)
+        for site in self._theta_sites:  # a program may say where a global site starts, and how wide q(θ) does
+            statement, where = survey.statements[site.name], slice(at, at := at + site.size)
+            if "start" in statement.infer:
+                loc[where] = packing_transform(statement.fn.support).inv(torch.as_tensor(statement.infer["start"]).detach()).reshape(-1)
+            if "start_sd" in statement.infer:
+                sd[where] = torch.as_tensor(statement.infer["start_sd"]).detach().expand(site.shape).reshape(-1)
+        self.theta_loc = nn.Parameter(loc)
         if self.theta_kind == "variational":
-            self.theta_log_scale = nn.Parameter(torch.full_like(self.theta_loc, 0.1).log())
+            self.theta_log_scale = nn.Parameter(sd.log())
         if self.theta_kind == "nuts":
             self.register_buffer("theta_draws", self.theta_loc.detach()[None].clone())
 
@@ -541,6 +554,9 @@ class HierarchicalModel(nn.Module):
             if isinstance(self.program, NetworkProgram):
                 self.program.prior.loc.copy_(self.program.network.initial())
                 settled |= {id(p) for p in self.program.parameters()}
+                if self._theta_sites:  # "mean" comes first
+                    self.theta_loc[: self.dim] = self.program.prior.loc
+                    settled |= {id(p) for p in self.parameters(recurse=False)}
             for parameter in self.parameters():
                 if id(parameter) not in settled:
                     parameter.add_(jitter * torch.randn_like(parameter))
@@ -622,9 +638,10 @@ class ProgramPrior(dist.TorchDistribution):
 class NetworkProgram(nn.Module):
     """The Pyro program of a network: φ ~ N(μ_θ, σ_θ²) for each task, y ~ likelihood(network(φ, x)) for each point."""
 
-    def __init__(self, network: AbstractNetwork, likelihood: nn.Module, prior: NormalPrior) -> None:
+    def __init__(self, network: AbstractNetwork, likelihood: nn.Module, prior: NormalPrior, *, sampled: bool = False) -> None:
         super().__init__()
-        self.network, self.likelihood, self.prior = network, likelihood, prior
+        self.network, self.likelihood = network, likelihood
+        self.prior, self.sampled = prior.requires_grad_(False) if sampled else prior, sampled
 
     def forward(self, points: Points) -> None:
         """Runs the program on ``points``; a trailing axis of one in y is dropped."""
@@ -634,13 +651,25 @@ class NetworkProgram(nn.Module):
         log_exposure = None
         if getattr(self.likelihood, "exposure", False):
             x, log_exposure = x[..., :-1], x[..., -1]
-        if self.prior.hyperprior is not None:
-            pyro.factor("log_hyperprior", self.prior.log_hyperprior())
+        mean, scale = self._theta()
         with pyro.plate("tasks", points.num_tasks):
-            phi = pyro.sample("phi", dist.Normal(self.prior.loc, self.prior.scale).to_event(1))
+            phi = pyro.sample("phi", dist.Normal(mean, scale).to_event(1))
             output = self.network(phi, x)
             y_given_output = self.likelihood(output) if log_exposure is None else self.likelihood(output, log_exposure)
             pyro.sample("y", y_given_output.mask(points.mask).to_event(1), obs=y)
+
+    def _theta(self) -> tuple[Tensor, Tensor]:
+        """μ_θ and σ_θ: parameters, or global sample sites under the hyperprior that start where the parameters are."""
+        prior = self.prior
+        if not self.sampled:
+            if prior.hyperprior is not None:
+                pyro.factor("log_hyperprior", prior.log_hyperprior())
+            return prior.loc, prior.scale
+        normal, gamma = prior.hyperpriors()
+        width = 0.1 * prior.scale  # a q(θ) that leaves the network working
+        mean = pyro.sample("mean", normal.to_event(1), infer={"start": prior.loc, "start_sd": width})
+        precision = pyro.sample("precision", gamma.to_event(1), infer={"start": prior.scale**-2})
+        return mean, precision.rsqrt()
 
 
 def point_divergence(here: Any, there: Any) -> Tensor:

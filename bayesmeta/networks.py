@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -215,12 +216,15 @@ class NormalPrior(nn.Module):
 
     def log_hyperprior(self) -> Tensor:
         """log p(θ), ``()``; raises where there is none."""
+        normal, gamma = self.hyperpriors()
+        return normal.log_prob(self.loc).sum() + gamma.log_prob((-2 * self.log_scale).exp()).sum()
+
+    def hyperpriors(self) -> tuple[dist.Normal, dist.Gamma]:
+        """N(0, 1) of μ_θ and Gamma(a, b) of 1/σ_θ², both with batch ``(D,)``; raises ValueError where there is none."""
         if self.hyperprior is None:
             raise ValueError("this prior has no hyperprior")
-        a, b = self.hyperprior
-        normal = torch.distributions.Normal(self.loc.new_zeros(()), 1.0).log_prob(self.loc)
-        gamma = torch.distributions.Gamma(self.loc.new_tensor(a), b).log_prob((-2 * self.log_scale).exp())
-        return normal.sum() + gamma.sum()
+        zeros, (a, b) = torch.zeros_like(self.loc), self.hyperprior
+        return dist.Normal(zeros, 1.0), dist.Gamma(zeros + a, zeros + b)
 
 
 def _embed(features: nn.Module, x: Tensor, size: int) -> Tensor:

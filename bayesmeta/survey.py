@@ -37,6 +37,7 @@ class Statement:
     fn: Any
     frames: tuple[tuple[str, int, int], ...]  # (name, dim, size) of the plates round it
     observed: bool
+    infer: dict[str, Any]
 
 
 class Survey(Messenger):
@@ -64,7 +65,7 @@ class Survey(Messenger):
         if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
             return
         frames = tuple((f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized)
-        self.statements[name] = Statement(name, fn, frames, msg["is_observed"])
+        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]))
         if not msg["is_observed"]:
             transform = _transform(name, fn)
             shape = fn.batch_shape + transform.inverse_shape(fn.event_shape)

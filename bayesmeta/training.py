@@ -94,6 +94,7 @@ def meta_train(
     Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
     for arguments that make no sense.
     """
+    arguments = {name: value for name, value in locals().items() if name != "learner"}
     if not isinstance(learner, AbstractMetaLearner):
         raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
     if steps < 0 or validate_every < 1 or checkpoint_every < 1:
@@ -113,7 +114,7 @@ def meta_train(
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     if learner.members:
-        return _train_members(learner, {name: value for name, value in locals().items() if name != "learner"})
+        return _train_members(learner, arguments | {"generator": generator})
     if device is not None:
         learner.to(device)
     batch, total = _batches(family, tasks_per_step)

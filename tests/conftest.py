@@ -48,6 +48,18 @@ def radon_program(points):
         pyro.sample("y", dist.Normal(y_hat, noise).mask(points.mask).to_event(1), obs=points.y)
 
 
+def hyper_program(points):
+    """`radon_program` with a hyperprior on the mean and the scale: θ may have a posterior."""
+    mean = pyro.sample("mean", dist.Normal(torch.tensor([1.0, -0.5]), 0.5).to_event(1))
+    sd = pyro.sample("sd", dist.HalfNormal(torch.ones(2)).to_event(1))
+    noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("tasks", points.num_tasks):
+        level = pyro.sample("level", dist.Normal(mean[..., 0], sd[..., 0]))
+        effect = pyro.sample("effect", dist.Normal(mean[..., 1], sd[..., 1]))
+        y_hat = level[..., None] + effect[..., None] * points.x[..., 0]
+        pyro.sample("y", dist.Normal(y_hat, noise).mask(points.mask).to_event(1), obs=points.y)
+
+
 def positive_program(points):
     """A count model with a points plate, a positive site, a hyperprior, and no Normal prior on the rate."""
     spread = pyro.sample("spread", dist.HalfCauchy(torch.tensor(1.0)))

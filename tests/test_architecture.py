@@ -29,11 +29,11 @@ MAY_IMPORT = {
     "plots": {"metrics"},
     "report": {"metrics", "plots"},
     "training": {"checkpoints", "episodes", "learners.base", "metrics", "plots", "tasks.base"},
-    "evaluation": {"episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "__version__"},
-    "comparison": {
-        "episodes", "evaluation", "learners", "likelihoods", "model", "networks", "report", "tasks", "training",
-    },
-    "cli": {"comparison", "learners.base", "survey", "tasks", "training", "__version__"},
+    "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
+    "evaluation": {"episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth", "__version__"},
+    "recipes": {"episodes", "learners", "likelihoods", "model", "networks", "tasks"},
+    "comparison": {"evaluation", "learners.base", "recipes", "report", "tasks", "training"},
+    "cli": {"comparison", "learners.base", "recipes", "survey", "tasks", "training", "__version__"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bayesmeta import HierarchicalModel, compare, comparison, evaluate, meta_train
-from bayesmeta.comparison import FAMILIES, RECIPES, hierarchical_regression, hierarchical_regression_without_level, is_csv, panel_recipe
+from bayesmeta.comparison import is_csv
+from bayesmeta.recipes import FAMILIES, RECIPES, hierarchical_regression, hierarchical_regression_without_level, panel_recipe
 from bayesmeta.learners import ABML, NUTS, Exact
 from bayesmeta.tasks import LinearGaussian, Panel
 

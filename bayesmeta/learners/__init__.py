@@ -2,6 +2,8 @@
 
 from .abml import ABML
 from .base import AbstractAdapter, AbstractMetaLearner
+from .bayesian_black_box import BayesianBlackBox
+from .black_box import BlackBox
 from .bmaml import BMAML
 from .complete_pooling import CompletePooling
 from .ensemble import Ensemble
@@ -16,6 +18,6 @@ from .proto_net import ProtoNet
 from .reptile import Reptile
 
 __all__ = [
-    "ABML", "BMAML", "LLAMA", "MAML", "NUTS", "PLATIPUS", "AbstractAdapter", "AbstractMetaLearner", "CompletePooling", "Ensemble", "Exact",
-    "MatchingNet", "NoPooling", "ProtoNet", "Reptile",
+    "ABML", "BMAML", "LLAMA", "MAML", "NUTS", "PLATIPUS", "AbstractAdapter", "AbstractMetaLearner", "BayesianBlackBox", "BlackBox",
+    "CompletePooling", "Ensemble", "Exact", "MatchingNet", "NoPooling", "ProtoNet", "Reptile",
 ]  # fmt: skip

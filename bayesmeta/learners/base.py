@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..episodes import Episode, Points
-from ..model import HierarchicalModel
+from ..model import HierarchicalModel, announce
 from ..posteriors import MixturePosterior, Posterior, TaskPosterior
 from ..randomness import rng
 
@@ -111,6 +111,9 @@ class AbstractMetaLearner(AbstractAdapter):
         An Episode shows q its support set only, Points are all seen.
         """
         support = self.prepared(data.support if isinstance(data, Episode) else data)
+        for name, parameter in self.named_parameters():
+            if not name.startswith("model."):  # those are the model's to announce
+                announce(f"learner.{name}", parameter)
         with self.model.theta_at(self.model.sample_theta_sites()):
             self.model.sample_task_sites(q(support), support)
 

@@ -203,3 +203,15 @@ def test_noise_that_is_exactly_zero_keeps_its_scale(monkeypatch, draws):
     monkeypatch.setattr(torch, "randn", lambda *size, **kwargs: torch.zeros(*size, **kwargs))
     noise = standard_noise((draws, 1, 5), "antithetic", like=torch.zeros(()))
     torch.testing.assert_close(noise.square().mean(0), torch.ones(1, 5))
+
+
+def test_svi_trains_the_factor_too():
+    """A learner's own parameters are announced to Pyro's optimiser."""
+    learner = ABML(HierarchicalModel(radon_program, example=episode()), inner_steps=1, inner_lr=0.05, rank=1)
+    learner.materialise(episode())
+    before = learner.factor.value.detach().clone()
+    svi = SVI(learner.model, learner.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(episode())
+    assert not torch.equal(before, learner.factor.value.detach())
+    assert not pyro.get_param_store().keys()

@@ -7,12 +7,26 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import AbstractMetaLearner, Episode, HierarchicalModel, MixturePosterior, Points, TaskPosterior
-from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, NUTS, PLATIPUS, CompletePooling, Ensemble, Exact, NoPooling, Reptile
+from bayesmeta import AbstractMetaLearner, Episode, HierarchicalModel, MixturePosterior, Points, TaskPosterior, meta_train
+from bayesmeta.learners import (
+    ABML,
+    BMAML,
+    LLAMA,
+    MAML,
+    NUTS,
+    PLATIPUS,
+    BayesianBlackBox,
+    BlackBox,
+    CompletePooling,
+    Ensemble,
+    Exact,
+    NoPooling,
+    Reptile,
+)
 from bayesmeta.likelihoods import Categorical, Gaussian
-from bayesmeta.networks import HeadNetwork, WeightNetwork
+from bayesmeta.networks import HeadNetwork, NormalPrior, WeightNetwork
 
-from ..conftest import episode, positive_program, radon_program, ragged
+from ..conftest import episode, hyper_program, positive_program, radon_program, ragged
 
 LEARNERS = {
     "NoPooling": lambda model: NoPooling(model, inner_steps=4),
@@ -35,6 +49,13 @@ LEARNERS = {
     ),
     "BMAML first order": lambda model: BMAML(model, num_particles=3, inner_steps=2, inner_lr=1e-3, first_order=True),
     "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=2, inner_lr=0.05, num_particles=4, noise="antithetic", num_draws=2),
+    "BlackBox": lambda model: BlackBox(model, hidden=8),
+    "BayesianBlackBox": lambda model: BayesianBlackBox(model, hidden=8, posterior="full"),
+    "BayesianBlackBox lecture": lambda model: BayesianBlackBox(
+        model, hidden=8, objective="lecture", kl_weight=0.5, num_draws=3, encoder="recurrent"
+    ),
+    "BayesianBlackBox neural process": lambda model: BayesianBlackBox(model, hidden=8, objective="neural_process", posterior="flow"),
+    "BayesianBlackBox predictive": lambda model: BayesianBlackBox(model, hidden=8, objective="predictive", encoder="attention"),
     "Ensemble of MAMLs": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=2, inner_lr=0.1), size=3),
     "Ensemble of ABMLs": lambda model: Ensemble(model, lambda one: ABML(one, inner_steps=2, inner_lr=0.1), size=2, seed=3),
     "NUTS": lambda model: NUTS(model, num_draws=8, warmup=8, chains=1),
@@ -43,8 +64,10 @@ LEARNERS = {
 QUADRATIC_ONLY = {"Exact"}
 SAMPLERS = {"NUTS"}
 LAPLACE = {"LLAMA", "LLAMA evidence", "LLAMA diagonal"}
-EXACT_PRIOR = {"ABML", "ABML antithetic", "ABML low rank", "PLATIPUS", "Exact"} | LAPLACE  # and NUTS, whose draws are checked on their own
-POINTS = {"NoPooling", "CompletePooling", "MAML", "FOMAML", "MetaSGD", "Reptile"}
+AMORTISED = {name for name in LEARNERS if name.startswith("BayesianBlackBox")}
+# and NUTS, whose draws are checked on their own
+EXACT_PRIOR = {"ABML", "ABML antithetic", "ABML low rank", "PLATIPUS", "Exact"} | LAPLACE | AMORTISED
+POINTS = {"NoPooling", "CompletePooling", "MAML", "FOMAML", "MetaSGD", "Reptile", "BlackBox"}
 ENSEMBLES = {"Ensemble of MAMLs", "Ensemble of ABMLs"}  # of an empty support each member has its own prior: see test_ensemble
 STEIN = {"BMAML", "BMAML predictive", "BMAML first order"}  # Stein steps on the prior: see test_bmaml
 # a stopped gradient, by definition: first order, leaders, φ_K as a target, or a gradient that is another objective's
@@ -73,6 +96,16 @@ MODELS = {
     "head network": head,
     "classification network": lambda: network(3),
 }
+
+
+def uncertain(kind):
+    """Models whose θ has a posterior of its own."""
+    if kind == "user program":
+        return HierarchicalModel(hyper_program, theta="variational")
+    torch.manual_seed(1)
+    body = WeightNetwork(nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)))
+    prior = NormalPrior.of(body, 0.1, hyperprior=(1.0, 0.01))
+    return HierarchicalModel.from_network(body, Gaussian(0.5), prior, theta="variational").double()
 
 
 def data(model_name, counts=(3, 5, 2, 8), queries=(4, 1, 6, 2)):
@@ -285,6 +318,28 @@ def test_the_meta_gradient_is_the_finite_difference(name, model_name):
                 p -= step * d
     slope = sum((g * d).sum().item() for g, d in zip(gradients, direction, strict=True))
     assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-5)
+
+
+@every_learner
+@pytest.mark.parametrize("kind", ["user program", "weight network"])
+def test_theta_with_a_posterior_splits_the_uncertainty(name, kind):
+    """Under draws of θ the predictive is a mixture, and its variance the sum of three parts; training moves q(θ)."""
+    if name in QUADRATIC_ONLY and kind == "weight network":
+        pytest.skip(f"{name} serves models whose log joint is quadratic in φ")
+    torch.set_default_dtype(torch.float64)
+    learner, e = LEARNERS[name](uncertain(kind)), data(kind)
+    posterior = learner.adapt_over_theta(e.support, num_theta=3, generator=seeded())
+    assert isinstance(posterior, MixturePosterior)
+    parts = posterior.predict(e.query.filled().x, 12, generator=seeded()).decompose()
+    torch.testing.assert_close(parts.total, parts.aleatoric + parts.phi + parts.theta, rtol=0, atol=1e-12)
+    pooling = name in ("NoPooling", "CompletePooling")  # their φ comes from the data alone, whatever θ says
+    assert (parts.aleatoric > 0).all() and (parts.phi >= 0).all() and bool((parts.theta > 0).all()) == (not pooling)
+    assert bool((parts.phi > 0).any()) == (name not in POINTS and name != "Ensemble of MAMLs")
+    if isinstance(learner, AbstractMetaLearner) and name not in ENSEMBLES and not pooling:
+        before = learner.model.theta_loc.detach().clone()
+        history = meta_train(learner, e, steps=2, num_tasks=4)
+        assert history.steps == 2
+        assert not torch.equal(before, learner.model.theta_loc.detach())
 
 
 @every_learner

@@ -1,0 +1,217 @@
+"""Ready-made comparisons: where tasks come from, the model, and how each learner is made, one recipe a family."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from .episodes import Points
+from .learners import (
+    ABML,
+    BMAML,
+    LLAMA,
+    MAML,
+    NUTS,
+    PLATIPUS,
+    BayesianBlackBox,
+    BlackBox,
+    CompletePooling,
+    Ensemble,
+    Exact,
+    NoPooling,
+    Reptile,
+)
+from .learners.base import AbstractAdapter
+from .likelihoods import Bernoulli, Gaussian
+from .model import HierarchicalModel
+from .networks import DecoderNetwork, NormalPrior, WeightNetwork
+from .tasks import Circles, GaussianProcess, LinearGaussian, Panel, SineOrLine, Sinusoid, TaskFamily
+
+Make = Callable[[HierarchicalModel], AbstractAdapter]
+SIX = ("NoPooling", "CompletePooling", "MAML", "ABML", "NUTS", "Exact")
+FOUR = ("NoPooling", "CompletePooling", "MAML", "ABML")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One comparison: where tasks come from, the model, and how each learner is made and trained.
+
+    ``learners``: name to constructor, in the order of the report; ``default``: which of them run unasked. ``steps``,
+    ``learning_rate``: of Adam, the same for all.
+    """
+
+    title: str
+    train: TaskFamily
+    test: TaskFamily
+    model: HierarchicalModel
+    learners: dict[str, Make]
+    default: tuple[str, ...]
+    steps: int
+    learning_rate: float
+    notes: tuple[str, ...] = ()
+
+
+# --- hierarchical regression: small programs, where the exact posterior is at hand
+
+
+def hierarchical_regression(mean: Tensor, sd: Tensor, noise: float) -> Callable[[Points], None]:
+    """The program y = level_i + Σ_f slope_if x_f + noise, level and slopes Normal over tasks; ``mean``, ``sd`` ``(1 + F,)`` at the start.
+
+    With the floor of measurement as its one feature this is the radon model of Gelman & Hill (2007), chapter 13.
+    """
+
+    def program(points: Points) -> None:
+        centre = pyro.param("mean", mean)
+        spread = pyro.param("sd", sd, constraint=dist.constraints.positive)
+        residual = pyro.param("noise", torch.as_tensor(noise), constraint=dist.constraints.positive)
+        with pyro.plate("tasks", points.num_tasks):
+            level = pyro.sample("level", dist.Normal(centre[0], spread[0]))
+            slopes = [pyro.sample(f"slope{f}", dist.Normal(centre[f], spread[f])) for f in range(1, len(mean))]
+            y_hat = level[..., None]
+            for f, slope in enumerate(slopes):
+                y_hat = y_hat + slope[..., None] * points.x[..., f]
+            y_hat = y_hat.expand(level.shape + points.mask.shape[1:])
+            pyro.sample("y", dist.Normal(y_hat, residual).mask(points.mask).to_event(1), obs=points.y)
+
+    return program
+
+
+def panel_recipe(panel: Panel, title: str | None = None) -> Recipe:
+    """Hierarchical regression on a panel's features, started from the training rows' mean and sd."""
+    train, test = panel.split("train"), panel.split("test")
+    everything = train.episodes(generator=torch.Generator().manual_seed(0)).union()
+    y = everything.y[everything.mask]  # type: ignore[index]
+    if not float(y.std()) > 0:
+        raise ValueError(f"{panel.target_name}: every training row has the value {float(y[0]):g}: there is nothing to learn")
+    size = everything.x.shape[-1] + 1
+    mean, sd = torch.zeros(size), torch.full((size,), 0.5 * float(y.std()))
+    mean[0] = y.mean()
+    model = HierarchicalModel(hierarchical_regression(mean, sd, float(y.std())), example=everything)
+    notes = [f"{train.num_tasks} groups to train on, {test.num_tasks} held out, of {panel.num_tasks}."]
+    if test.num_short:
+        notes.append(f"{test.num_short} held-out groups are too short for the full support set and get a smaller one; none is left out.")
+    return Recipe(
+        title=title or f"{panel.target_name} by {panel.group_label}", train=train, test=test, model=model,
+        learners=_regression_learners(), default=SIX, steps=1000, learning_rate=0.02, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _radon(seed: int = 0) -> Recipe:
+    # half of the counties held out, for narrow intervals; half of each county's homes seen, so that support sizes differ
+    return panel_recipe(Panel.radon(fractions=(0.5, 0.0, 0.5), num_support=0.5, seed=seed), "Radon in Minnesota homes, by county")
+
+
+def _linear_gaussian(seed: int = 0) -> Recipe:
+    mean, cov = torch.tensor([1.0, -0.5]), torch.diag(torch.tensor([1.0, 0.25]))
+    family = LinearGaussian(weight_mean=mean, weight_cov=cov, noise=0.5, num_support=(0, 8))
+    example = family.sample(1, generator=torch.Generator().manual_seed(0)).query
+    model = HierarchicalModel(hierarchical_regression_without_level(2), example=example)
+    return Recipe(
+        title="Linear-Gaussian tasks", train=family, test=family, model=model, learners=_regression_learners(), default=SIX,
+        steps=1000, learning_rate=0.02,
+    )  # fmt: skip
+
+
+def hierarchical_regression_without_level(num_features: int) -> Callable[[Points], None]:
+    """The program y = wᵢ · x + noise with w Normal over tasks: the linear-Gaussian family's own, its θ to be learned."""
+
+    def program(points: Points) -> None:
+        mean = pyro.param("mean", torch.zeros(num_features))
+        sd = pyro.param("sd", torch.ones(num_features), constraint=dist.constraints.positive)
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("tasks", points.num_tasks):
+            w = pyro.sample("w", dist.Normal(mean, sd).to_event(1))
+            y_hat = (w[..., None, :] * points.x).sum(-1)
+            pyro.sample("y", dist.Normal(y_hat, noise).mask(points.mask).to_event(1), obs=points.y)
+
+    return program
+
+
+def _regression_learners() -> dict[str, Make]:
+    return {
+        "NoPooling": lambda model: NoPooling(model),
+        "CompletePooling": lambda model: CompletePooling(model),
+        "MAML": lambda model: MAML(model, inner_steps=5, inner_lr=0.1),
+        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.1),
+        "BlackBox": lambda model: BlackBox(model),
+        "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=5, inner_lr=0.1), size=5),
+        "LLAMA": lambda model: LLAMA(model, inner_steps=10, inner_lr=0.1, objective="evidence"),
+        "ABML": lambda model: ABML(model, inner_steps=10, inner_lr=0.1),
+        "BMAML": lambda model: BMAML(model, inner_steps=10, inner_lr=0.01, objective="predictive"),
+        "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.1, num_particles=50),
+        "BayesianBlackBox": lambda model: BayesianBlackBox(model, posterior="full"),
+        "NUTS": lambda model: NUTS(model),
+        "Exact": lambda model: Exact(model),
+    }
+
+
+# --- networks
+
+
+def _sinusoid(seed: int = 0) -> Recipe:
+    return _network_recipe("Sinusoids", Sinusoid.maml(), default=FOUR, steps=3000)
+
+
+def _sine_or_line(seed: int = 0) -> Recipe:
+    return _network_recipe("Sine or line", SineOrLine(), steps=3000)
+
+
+def _circles(seed: int = 0) -> Recipe:
+    return _network_recipe("Circles", Circles(), inputs=2, likelihood=Bernoulli, steps=3000)
+
+
+def _gaussian_process(kernel: str) -> Callable[[int], Recipe]:
+    def recipe(seed: int = 0) -> Recipe:
+        return _network_recipe(f"Gaussian process, {kernel} kernel", GaussianProcess(kernel=kernel), steps=3000)
+
+    return recipe
+
+
+def multilayer(*sizes: int) -> nn.Sequential:
+    """A fully connected network with ReLU between its layers."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _network_recipe(
+    title: str, family: TaskFamily, *, inputs: int = 1, likelihood: type[nn.Module] = Gaussian, steps: int,
+    default: tuple[str, ...] | None = None,
+) -> Recipe:  # fmt: skip
+    """All weights of a network of two layers of 40 as φ; a latent code in a decoder of that size for what amortises."""
+    network, code = WeightNetwork(multilayer(inputs, 40, 40, 1)), 16
+    model = HierarchicalModel.from_network(network, likelihood(), NormalPrior.of(network, 0.1))
+    decoder = HierarchicalModel.from_network(DecoderNetwork(multilayer(inputs + code, 40, 40, 1), code), likelihood())
+    learners: dict[str, Make] = {
+        "NoPooling": lambda model: NoPooling(model),
+        "CompletePooling": lambda model: CompletePooling(model),
+        "MAML": lambda model: MAML(model, inner_steps=5, inner_lr=0.01),
+        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.01),
+        "BlackBox": lambda model: BlackBox(copy.deepcopy(decoder)),
+        "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=5, inner_lr=0.01), size=5),
+        "LLAMA": lambda model: LLAMA(model, inner_steps=5, inner_lr=0.01, curvature="last_layer", hessian="gauss_newton"),
+        "ABML": lambda model: ABML(model, inner_steps=5, inner_lr=0.1, num_draws=2, step_units="prior"),
+        "BMAML": lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=1e-3, objective="predictive"),
+        "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.01),
+        "BayesianBlackBox": lambda model: BayesianBlackBox(copy.deepcopy(decoder)),
+        "NUTS": lambda model: NUTS(model, num_draws=50, warmup=50, chains=1),
+    }
+    return Recipe(
+        title=title, train=family, test=family, model=model, learners=learners,
+        default=default or tuple(name for name in learners if name != "NUTS"), steps=steps, learning_rate=1e-3,
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[int], Recipe]] = {
+    "radon": _radon, "sinusoid": _sinusoid, "sine-or-line": _sine_or_line, "circles": _circles, "linear-gaussian": _linear_gaussian,
+    "gp-rbf": _gaussian_process("rbf"), "gp-matern": _gaussian_process("matern52"), "gp-periodic": _gaussian_process("periodic"),
+}  # fmt: skip
+FAMILIES = tuple(RECIPES)
