@@ -17,8 +17,16 @@ from .tasks import Panel
 from .training import TrainingError
 
 EXAMPLES = """\
+families:
+  radon                              homes in Minnesota counties (the default; six learners, about a minute)
+  linear-gaussian                    regression with the exact answer at hand
+  sinusoid                           MAML's sine curves, with a neural network (minutes)
+  sine-or-line, circles              ambiguous on purpose: who sees both explanations? (eleven learners, ten minutes or more)
+  gp-rbf, gp-matern, gp-periodic     draws of Gaussian processes, scored by their distance to the exact predictive
+  FILE.csv                           your own table: --group --features --target
+
 examples:
-  python -m bayesmeta compare                          radon levels in Minnesota homes, six learners (about two minutes)
+  python -m bayesmeta compare
   python -m bayesmeta compare sinusoid --steps 5000    MAML's sinusoids with a neural network
   python -m bayesmeta compare radon --learners NoPooling MAML NUTS
   python -m bayesmeta compare pupils.csv --group school --features ses female --target math
@@ -52,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "intervals over tasks and writes report.html, metrics.csv, metrics.json and figures/ to --out.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    one.add_argument("family", nargs="?", default="radon", help=f"{', '.join(FAMILIES)}, or a CSV file of grouped rows (default: radon)")
+    one.add_argument("family", nargs="?", default="radon", help="one of the families below, or a CSV file of grouped rows (default: radon)")
     one.add_argument(
         "--learners", nargs="+", metavar="NAME",
         help="which learners, say NoPooling MAML BMAML NUTS, or all (default: those that suit the family)",

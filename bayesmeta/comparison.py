@@ -19,7 +19,7 @@ from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice,
 from .recipes import FAMILIES, RECIPES, panel_recipe
 from .report import Report
 from .tasks import Panel
-from .training import History, meta_train
+from .training import History, TrainingError, meta_train
 
 
 def compare(
@@ -31,7 +31,8 @@ def compare(
     ``family``: "radon", "sinusoid", "sine-or-line", "circles", "linear-gaussian", "gp-rbf", "gp-matern", "gp-periodic", or a `Panel`
     (hierarchical regression on its features). ``learners``: names, ("all",), or by default those that suit the family. ``steps``: of training, instead of the recipe's. ``seed``: of
     everything. ``num_tasks``: held-out tasks of an endless family. ``say``: told what is going on, a line at a time.
-    Raises ValueError with the nearest name for an unknown family or learner.
+    A learner whose training fails is left out, and the report says so. Raises ValueError with the nearest name for an unknown family
+    or learner, TrainingError where no learner is left.
     """
     say = say or (lambda line: None)
     with torch.random.fork_rng():  # networks draw their first weights from torch's global stream
@@ -43,18 +44,28 @@ def compare(
         checked_steps("num_tasks", num_tasks, least=1)
     trained: dict[str, AbstractAdapter] = {}
     histories: dict[str, History] = {}
+    failed: dict[str, TrainingError] = {}
     for name in dict.fromkeys(name for name in names if name != "NUTS"):  # NUTS comes later: it takes another learner's θ
-        learner = recipe.learners[name](copy.deepcopy(recipe.model))
-        assert isinstance(learner, AbstractMetaLearner)
         start = time.monotonic()
-        histories[name] = meta_train(
-            learner, recipe.train, steps=recipe.steps if steps is None else steps, generator=torch.Generator().manual_seed(seed),
-            optimizer=lambda params: torch.optim.Adam(params, recipe.learning_rate), clip=10.0, progress=progress,
-        )  # fmt: skip
+        with torch.random.fork_rng():  # a learner's own networks
+            torch.manual_seed(seed)
+            learner = recipe.learners[name](copy.deepcopy(recipe.model))
+            assert isinstance(learner, AbstractMetaLearner)
+            try:
+                histories[name] = meta_train(
+                    learner, recipe.train, steps=recipe.steps if steps is None else steps, generator=torch.Generator().manual_seed(seed),
+                    optimizer=lambda params: torch.optim.Adam(params, recipe.learning_rate), clip=10.0, progress=progress,
+                )  # fmt: skip
+            except TrainingError as error:  # the others' work is not thrown away
+                failed[name] = error
+                say(f"{name} left out, its training failed at {error}")
+                continue
         say(f"trained {name}: {histories[name].steps} steps in {time.monotonic() - start:.1f} s, loss {histories[name].loss[-1]:.4g}"
             if histories[name].loss else f"{name}: untrained")  # fmt: skip
         trained[name] = learner
-    notes = list(recipe.notes)
+    if failed and not trained and "NUTS" not in names:
+        raise next(iter(failed.values()))
+    notes = [*recipe.notes, *(f"{name} is left out: its training failed at {error}." for name, error in failed.items())]
     if "NUTS" in names:
         source = next((name for name in ("Exact", "ABML", "MAML") if name in trained), None)
         model = trained[source].model if source else recipe.model

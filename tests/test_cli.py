@@ -186,7 +186,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sinusiod"], "'sine-or-line', 'linear-gaussian', got 'sinusiod'; did you mean 'sinusoid'?"),
+        (["sinusiod"], "'gp-periodic', got 'sinusiod'; did you mean 'sinusoid'?"),
         (["Radon"], "did you mean 'radon'?"),
         (["RADON"], "did you mean 'radon'?"),
         (["linear_gaussian"], "did you mean 'linear-gaussian'?"),

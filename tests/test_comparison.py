@@ -10,10 +10,10 @@ import pyro
 import pytest
 import torch
 
-from bayesmeta import HierarchicalModel, compare, comparison, evaluate, meta_train
+from bayesmeta import HierarchicalModel, TrainingError, compare, comparison, evaluate, meta_train
 from bayesmeta.comparison import is_csv
+from bayesmeta.learners import ABML, MAML, NUTS, Exact
 from bayesmeta.recipes import FAMILIES, RECIPES, hierarchical_regression, hierarchical_regression_without_level, panel_recipe
-from bayesmeta.learners import ABML, NUTS, Exact
 from bayesmeta.tasks import LinearGaussian, Panel
 
 from .conftest import episode, radon_program
@@ -72,8 +72,9 @@ def test_every_family_with_its_own_learners(family):
 def test_which_learners_run_unasked():
     for family in ("radon", "linear-gaussian"):
         assert RECIPES[family]().default == ("NoPooling", "CompletePooling", "MAML", "ABML", "NUTS", "Exact")
-    for family in ("sinusoid", "sine-or-line"):
-        assert RECIPES[family]().default == ("NoPooling", "CompletePooling", "MAML", "ABML")
+    assert RECIPES["sinusoid"]().default == ("NoPooling", "CompletePooling", "MAML", "ABML")
+    for family in ("sine-or-line", "circles", "gp-rbf", "gp-matern", "gp-periodic"):
+        assert RECIPES[family]().default == tuple(name for name in RECIPES[family]().learners if name != "NUTS")
     assert set(RECIPES) == set(FAMILIES)
 
 
@@ -272,3 +273,30 @@ def test_negative_numbers_are_refused():
 )
 def test_what_counts_as_a_file(name, wanted):
     assert is_csv(name) == wanted
+
+
+def test_a_learner_whose_training_fails_is_left_out_and_named(monkeypatch):
+    """The others' minutes of work are kept."""
+    recipe = RECIPES["linear-gaussian"]()
+    wild = recipe.learners | {"MAML": lambda model: MAML(model, inner_steps=5, inner_lr=1e30)}
+    monkeypatch.setitem(comparison.RECIPES, "linear-gaussian", lambda seed: dataclasses.replace(recipe, learners=wild))
+    lines = []
+    report = compare("linear-gaussian", learners=["MAML", "Exact"], steps=2, num_tasks=3, say=lines.append)
+    assert list(report.results) == ["Exact"]
+    assert lines[0].startswith("MAML left out, its training failed at step 1")
+    assert any(note.startswith("MAML is left out: its training failed at step 1") for note in report.notes)
+    with pytest.raises(TrainingError, match="step 1"):
+        compare("linear-gaussian", learners=["MAML"], steps=2, num_tasks=3)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES["radon"]().learners if name != "NUTS"])
+def test_every_learner_trains_on_a_panel_by_its_name_alone(name):
+    """A user's program on a table; nothing changes but the learner's name."""
+    report = compare("radon", learners=[name], steps=3)
+    assert np.isfinite(report.results[name].metrics["nll"][report.query_sizes > 0]).all()
+    assert len(report.histories[name]["loss"]) == 3
+
+
+def test_all_means_all():
+    report = compare(panel(), learners=["all"], steps=1)
+    assert list(report.results) == list(panel_recipe(panel()).learners)
