@@ -29,8 +29,10 @@ def compare(
     """Trains the learners on one family's training tasks and reports on its held-out ones.
 
     ``family``: "radon", "sinusoid", "sine-or-line", "circles", "linear-gaussian", "gp-rbf", "gp-matern", "gp-periodic", or a `Panel`
-    (hierarchical regression on its features). ``learners``: names, ("all",), or by default those that suit the family. ``steps``: of training, instead of the recipe's. ``seed``: of
-    everything. ``num_tasks``: held-out tasks of an endless family. ``say``: told what is going on, a line at a time.
+    (hierarchical regression on its features). ``learners``: names, ("all",), or by default those that suit the family. ``steps``: of
+    training, instead of the recipe's. ``seed``: of everything. ``num_tasks``: how many held-out tasks at most. ``say``: told what is
+    going on, a line at a time.
+
     A learner whose training fails is left out, and the report says so. Raises ValueError with the nearest name for an unknown family
     or learner, TrainingError where no learner is left.
     """

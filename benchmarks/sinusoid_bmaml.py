@@ -1,6 +1,6 @@
 """The sinusoid experiment of BMAML (Kim, Yoon et al. 2018, section 5.1): few training tasks, many particles, equal work.
 
-    python benchmarks/sinusoid_bmaml.py                                    100 tasks of 5 points, 300,000 gradients a task
+    python benchmarks/sinusoid_bmaml.py                                    100 tasks of 5 points, 100,000 gradients a task
     python benchmarks/sinusoid_bmaml.py --tasks 100 1000 --shots 5 10      the paper's four settings
 
 Setting: amplitude U[0.1, 5], frequency U[0.5, 2], phase U[0, 2π], noise sd 0.01 of the amplitude, x U[-5, 5]; a fixed set of training
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[100])
     parser.add_argument("--shots", type=int, nargs="+", default=[5])
-    parser.add_argument("--budget", type=int, default=300_000, help="gradient evaluations a task in training (default: 300,000)")
+    parser.add_argument("--budget", type=int, default=100_000, help="gradient evaluations a task in training (default: 100,000)")
     parser.add_argument("--points", type=int, default=6, help="places along the budget where it is tested")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/sinusoid_bmaml"))
