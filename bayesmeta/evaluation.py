@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -18,14 +19,17 @@ from .learners.base import AbstractAdapter, checked_steps
 from .metrics import accuracy, brier, crps, interval_coverage, interval_width, randomized_pit, rmse, task_mean
 from .posteriors import Posterior
 from .predictive import Predictive
-from .report import Bands, Curves, LearnerResult, Report
+from .report import Bands, Curves, Explanation, LearnerResult, ProbabilityMap, Report
 from .tasks.base import TaskFamily
+from .truth import Truth, has_two_classes, probability_of_1, truth_of
 
 DEFAULT_TASKS = 1_000
 GRID_POINTS = 100
 FEW_VALUES = 6  # a feature with at most so many distinct values is drawn at just those
 CRPS_SAMPLES = 200
 EXAMPLE_DRAWS = 20
+MAP_POINTS, MAP_DRAWS = 40, 8
+MAP_DECIMALS = 3  # of what is drawn as a shade of colour
 Units = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -40,7 +44,11 @@ def evaluate(
     drawn by ``seed``. ``num_draws``: draws of φ in each predictive (a Delta takes one). The predictive of a point is the average
     over draws; NLL is −log of it, in nats a point. ``num_theta``: draws of θ, where it is variational or by NUTS, among which the
     draws of φ are shared out. ``examples``: how many tasks are kept for pictures, from the smallest support
-    set to the largest. ``target``, ``feature``: names for axes. ``histories``: `History` of each learner, for its loss curve.
+    set to the largest, ambiguous ones first where the family knows its explanations. ``target``, ``feature``: names for axes.
+    ``histories``: `History` of each learner, for its loss curve.
+
+    Where the family has ``exact_predictive`` every learner's distance to it is scored, and where it has ``explanations`` how many of
+    them its draws find in ambiguous tasks: see `bayesmeta.tasks.TaskFamily` and `docs/evaluation.md`.
 
     Numbers and pictures are in the family's original units (``family.target_scale``, ``family.scaling``).
     Raises ValueError for no adapters, TypeError for what is not an adapter.
@@ -57,16 +65,20 @@ def evaluate(
         raise ValueError("query.y: expected targets, got None")
     if not bool(episode.query.mask.any()):
         raise ValueError("no task has a query point: there is nothing to score")
-    scale = float(getattr(family, "target_scale", 1.0))
-    units = _units(family)
-    shown = _examples(episode, examples)
+    scale, units = float(getattr(family, "target_scale", 1.0)), _units(family)
+    truth = truth_of(family, episode)
+    tasks = _examples(episode, examples, first=truth.ambiguous)
     names = _task_names(family, episode)
+    explained, exact_maps = _explanations(family, truth, episode, tasks, units), _exact_maps(family, truth, episode, tasks, names)
+    shown = Shown(tasks, names, units, explained, exact_maps)
     results = {
-        name: _result(adapter, episode, shown, names, num_draws=num_draws, num_theta=num_theta, seed=seed, scale=scale, units=units)
+        name: _result(adapter, episode, truth, shown, num_draws=num_draws, num_theta=num_theta, seed=seed, scale=scale)
         for name, adapter in named.items()
     }
     return Report(
-        results=results, support_sizes=episode.support.counts.numpy(), query_sizes=episode.query.counts.numpy(), task_names=tuple(names),
+        results=results, scored_tasks={k: v.numpy() for k, v in truth.scored_tasks(episode.query).items()},
+        explanation_names=truth.names, exact_maps=exact_maps,
+        support_sizes=episode.support.counts.numpy(), query_sizes=episode.query.counts.numpy(), task_names=tuple(names),
         title=title, target=target or str(getattr(family, "target_name", "y")), feature=feature or _feature(family), seed=seed, notes=notes,
         environment=environment(), histories={k: v.as_arrays() for k, v in (histories or {}).items()},
     )  # fmt: skip
@@ -99,8 +111,7 @@ def _what(value: object) -> str:
 
 
 def _result(
-    adapter: AbstractAdapter, episode: Episode, shown: list[int], names: list[str], *, num_draws: int, num_theta: int, seed: int,
-    scale: float, units: Units,
+    adapter: AbstractAdapter, episode: Episode, truth: Truth, shown: Shown, *, num_draws: int, num_theta: int, seed: int, scale: float
 ) -> LearnerResult:
     query = adapter.prepared(episode.query, "query")
     generator = torch.Generator().manual_seed(seed)
@@ -113,11 +124,12 @@ def _result(
     gradients = model.gradient_evaluations - before
     with torch.no_grad():
         scores, arrays = _scores(predictive, query, generator, scale)
+        scores |= truth.scores(posterior, predictive, scores["nll"], query.mask, num_draws=num_draws, generator=_seeded(seed))
         sites = _site_means(posterior, num_draws, generator)
     return LearnerResult(
         metrics={k: v.cpu().numpy() for k, v in scores.items()}, **arrays, seconds=seconds, gradient_evaluations=gradients,
         sites={k: v.cpu().numpy() for k, v in sites.items()},
-        bands=_bands(adapter, posterior, episode, shown, names, num_draws, seed, units),
+        bands=_bands(adapter, posterior, episode, shown, num_draws, seed), maps=_maps(posterior, shown.exact_maps, num_draws, seed),
         diagnostics=posterior.diagnostics, settings=_settings(adapter),
     )  # fmt: skip
 
@@ -159,46 +171,117 @@ def _settings(adapter: AbstractAdapter) -> dict[str, Any]:
 # --- what the pictures need
 
 
-def _examples(episode: Episode, wanted: int) -> list[int]:
-    """Tasks with a support and a query point, spread evenly from the smallest support set to the largest."""
+class Shown(NamedTuple):
+    """The ``tasks`` whose pictures are kept, the ``names`` of all, and what is drawn beside every learner's answer."""
+
+    tasks: list[int]
+    names: list[str]
+    units: Units
+    explained: dict[int, tuple[Explanation, ...]]
+    exact_maps: tuple[ProbabilityMap, ...]
+
+
+def _examples(episode: Episode, wanted: int, *, first: Tensor) -> list[int]:
+    """Tasks with a support and a query point, spread evenly from the smallest support set to the largest; of ``first (T,)`` if enough."""
     usable = (episode.support.counts > 0) & (episode.query.counts > 0)
-    order = [int(i) for i in episode.support.counts.argsort(stable=True) if usable[i]]
-    if len(order) <= wanted:
-        return order
-    return [order[int(i)] for i in torch.linspace(0, len(order) - 1, wanted).round()]
+    chosen: list[int] = []
+    for among in (usable & first, usable & ~first):
+        order, room = [int(i) for i in episode.support.counts.argsort(stable=True) if among[i]], wanted - len(chosen)
+        chosen += order if len(order) <= room else [order[int(i)] for i in torch.linspace(0, len(order) - 1, room).round()]
+    return chosen
 
 
 def _bands(
-    adapter: AbstractAdapter, posterior: Posterior, episode: Episode, shown: list[int], names: list[str], num_draws: int, seed: int,
-    units: Units,
+    adapter: AbstractAdapter, posterior: Posterior, episode: Episode, shown: Shown, num_draws: int, seed: int
 ) -> tuple[Bands, ...]:
-    y = episode.query.y
-    if not shown or episode.support.x.dim() != 3 or y is None or (y.dim() > 2 and y.shape[-1] != 1):
+    tasks, y = shown.tasks, episode.query.y
+    if not tasks or episode.support.x.dim() != 3 or y is None or (y.dim() > 2 and y.shape[-1] != 1):
         return ()
-    grids = [_grid(episode, task) for task in shown]
-    inputs = torch.stack([_inputs(episode, task, grid) for task, grid in zip(shown, grids, strict=True)])
-    after = _curves(posterior.select(shown), inputs, num_draws, seed)
+    grids = [_grid(episode, task) for task in tasks]
+    inputs = torch.stack([_inputs(episode, task, grid) for task, grid in zip(tasks, grids, strict=True)])
+    after = _curves(posterior.select(tasks), inputs, num_draws, seed)
     if after is None:  # classes have no curve, and some classifiers no answer to an empty support
         return ()
-    support = episode.support.select(shown)
+    support = episode.support.select(tasks)
     empty = Points(support.x, support.y, torch.zeros_like(support.mask))
     before = _curves(adapter.adapt(empty, generator=_seeded(seed)), inputs, num_draws, seed)
     if before is None:
         return ()
-    x_units, y_units = units
+    x_units, y_units = shown.units
     bands = []
-    for i, task in enumerate(shown):
+    for i, task in enumerate(tasks):
         sets = []
         for points in episode:
             real = points.mask[task]
             assert points.y is not None
             sets += [x_units(points.x[task, real, 0]).numpy(), y_units(points.y[task, real].flatten()).numpy()]
-        curves = [_one(c, i, grids[i], units) for c in (before, after)]
+        curves = [_one(c, i, grids[i], shown.units) for c in (before, after)]
         bands.append(Bands(
-            task=task, name=names[task], before=curves[0], after=curves[1],
-            support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3],
+            task=task, name=shown.names[task], before=curves[0], after=curves[1],
+            support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3], explanations=shown.explained.get(task, ()),
         ))  # fmt: skip
     return tuple(bands)
+
+
+def _explanations(
+    family: Any, truth: Truth, episode: Episode, shown: list[int], units: Units
+) -> dict[int, tuple[Explanation, ...]]:
+    """Of each ambiguous task among those shown, on the grid of its bands."""
+    tasks = [task for task in shown if truth.ambiguous[task]]
+    if not tasks or episode.support.x.dim() != 3:
+        return {}
+    x = torch.stack([_inputs(episode, task, _grid(episode, task)) for task in tasks])
+    curves = units[1](family.explanations(episode.support.select(tasks), x)).numpy()
+    assert truth.probabilities is not None
+    likely = truth.probabilities[:, tasks].tolist()
+    return {
+        task: tuple(Explanation(name=name, probability=likely[m][i], curve=curves[m, i]) for m, name in enumerate(truth.names))
+        for i, task in enumerate(tasks)
+    }
+
+
+def _exact_maps(
+    family: Any, truth: Truth, episode: Episode, shown: list[int], names: list[str]
+) -> tuple[ProbabilityMap, ...]:
+    """Of tasks with two inputs and two classes whose exact predictive is known."""
+    tasks = [task for task in shown if truth.nll is not None and not truth.nll[task].isnan()]
+    if truth.probs is None or not tasks or episode.support.x.dim() != 3 or episode.support.x.shape[-1] != 2:
+        return ()
+    every = torch.cat([points.x[points.mask] for points in episode])
+    first, second = (torch.linspace(float(v.min()), float(v.max()), MAP_POINTS, dtype=v.dtype) for v in every.mT)
+    support = episode.support.select(tasks)
+    x = _lattice(first, second).expand(len(tasks), -1, -1)
+    probs = family.exact_predictive(support, x).mean.unflatten(-1, (MAP_POINTS, MAP_POINTS)).double().numpy()
+    assert support.y is not None
+    seen = [(support.x[i, real].numpy(), support.y[i, real].numpy()) for i, real in enumerate(support.mask)]
+    return tuple(
+        ProbabilityMap(
+            task=task, name=names[task], first=first.numpy(), second=second.numpy(), probs=probs[i].round(MAP_DECIMALS),
+            support_x=seen[i][0], support_y=seen[i][1],
+        )
+        for i, task in enumerate(tasks)
+    )  # fmt: skip
+
+
+def _maps(posterior: Posterior, exact: tuple[ProbabilityMap, ...], num_draws: int, seed: int) -> tuple[ProbabilityMap, ...]:
+    """What a learner makes of the tasks and the grids of the ``exact`` maps."""
+    if not exact:
+        return ()
+    x = torch.stack([_lattice(*(torch.tensor(v, dtype=torch.get_default_dtype()) for v in (m.first, m.second))) for m in exact])
+    p = posterior.select([m.task for m in exact]).predict(x, None if posterior.is_point else num_draws, generator=_seeded(seed))
+    if not has_two_classes(p):
+        return ()
+    with torch.no_grad():
+        every = probability_of_1(p).unflatten(-1, exact[0].probs.shape).double().cpu()
+    few = every[torch.linspace(0, len(every) - 1, min(MAP_DRAWS, len(every))).round().long()]
+    mean, draws = (v.numpy().round(MAP_DECIMALS) for v in (every.mean(0), few))
+    return tuple(replace(m, probs=mean[i], draws=draws[:, i]) for i, m in enumerate(exact))
+
+
+def _lattice(first: Tensor, second: Tensor) -> Tensor:
+    """All pairs, ``(H · G, 2)``, the first input running fastest."""
+    b, a = torch.meshgrid(second, first, indexing="ij")
+    return torch.stack([a, b], -1).flatten(0, 1)
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -12,7 +12,9 @@ from bayesmeta.plots.calibration import (
     pit_histogram,
 )
 from bayesmeta.plots.confidence import Reliability, reliability, reliability_diagram, reliability_grid
+from bayesmeta.plots.explanations import explained_draws, explained_grid, explained_key
 from bayesmeta.plots.intervals import metric_intervals
+from bayesmeta.plots.maps import map_grid, probability_map
 from bayesmeta.plots.shrinkage import shrinkage
 from bayesmeta.plots.style import Look, looks, new_figure
 from bayesmeta.plots.training import loss_curve, running_median
@@ -27,14 +29,19 @@ __all__ = [
     "calibration_curve",
     "calibration_grid",
     "coverage",
+    "explained_draws",
+    "explained_grid",
+    "explained_key",
     "looks",
     "loss_curve",
+    "map_grid",
     "metric_intervals",
     "new_figure",
     "pit_grid",
     "pit_heights",
     "pit_histogram",
     "predictive_bands",
+    "probability_map",
     "reliability",
     "reliability_diagram",
     "reliability_grid",

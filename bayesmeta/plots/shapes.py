@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from bayesmeta.plots.style import Array
@@ -44,3 +45,48 @@ class BandsLike(Protocol):
     def query_x(self) -> Array: ...
     @property
     def query_y(self) -> Array: ...
+
+
+class ExplanationLike(Protocol):
+    """A curve (G,) that a task's points may come from: `bayesmeta.report.Explanation`, or anything with these names."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def probability(self) -> float: ...
+    @property
+    def curve(self) -> Array: ...
+
+
+class ExplainedLike(Protocol):
+    """One task that several curves explain: `bayesmeta.report.Bands` of one, or anything with these names."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def after(self) -> CurvesLike: ...
+    @property
+    def support_x(self) -> Array: ...
+    @property
+    def support_y(self) -> Array: ...
+    @property
+    def explanations(self) -> Sequence[ExplanationLike]: ...
+
+
+class MapLike(Protocol):
+    """P(y = 1) (H, G) over two inputs (G,) and (H,), and under some draws: `bayesmeta.report.ProbabilityMap`, or the like."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def first(self) -> Array: ...
+    @property
+    def second(self) -> Array: ...
+    @property
+    def probs(self) -> Array: ...
+    @property
+    def draws(self) -> Array: ...
+    @property
+    def support_x(self) -> Array: ...
+    @property
+    def support_y(self) -> Array: ...

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from bayesmeta.report.results import Array, LearnerResult
+from bayesmeta.report.results import Array, LearnerResult, ProbabilityMap
 
 
 class Evidence(Protocol):
@@ -34,3 +34,9 @@ class Evidence(Protocol):
     def environment(self) -> Mapping[str, str]: ...
     @property
     def histories(self) -> Mapping[str, Mapping[str, Array]]: ...
+    @property
+    def scored_tasks(self) -> Mapping[str, Array]: ...
+    @property
+    def explanation_names(self) -> tuple[str, ...]: ...
+    @property
+    def exact_maps(self) -> tuple[ProbabilityMap, ...]: ...

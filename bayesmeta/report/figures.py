@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 
 from bayesmeta import plots
 from bayesmeta.plots.bands import band_limits, discrete_values
+from bayesmeta.plots.explanations import explained_limits
+from bayesmeta.plots.maps import EXACT
 from bayesmeta.plots.style import Look, looks, name_panel
 from bayesmeta.report.evidence import Evidence
 from bayesmeta.report.measures import measure
 from bayesmeta.report.numbers import Row, best, known_learner, pit_of, summary
-from bayesmeta.report.results import Array, Bands
+from bayesmeta.report.results import Array, Bands, ProbabilityMap
 from bayesmeta.report.words import nearest
 
 PARTIAL = ("NUTS", "Exact", "ABML", "LLAMA", "BayesianBlackBox", "BMAML", "MAML")  # whose pooling to show, if there
@@ -48,6 +50,17 @@ def probs_of(report: Evidence) -> dict[str, tuple[Array, Array]]:
 def bands_of(report: Evidence) -> dict[str, tuple[Bands, ...]]:
     """Bands by learner, of those that have any."""
     return {name: result.bands for name, result in report.results.items() if result.bands}
+
+
+def explained_of(report: Evidence) -> dict[str, tuple[Bands, ...]]:
+    """Bands of ambiguous tasks by learner, of those that have any."""
+    kept = {name: tuple(band for band in bands if band.explanations) for name, bands in bands_of(report).items()}
+    return {name: bands for name, bands in kept.items() if bands}
+
+
+def maps_of(report: Evidence) -> dict[str, tuple[ProbabilityMap, ...]]:
+    """Probability maps by learner, of those that have any."""
+    return {name: result.maps for name, result in report.results.items() if result.maps}
 
 
 def history_of(report: Evidence, learner: str) -> dict[str, Any]:
@@ -118,8 +131,7 @@ def _bands(
     have = bands_of(report)
     learner = _choose(report, learner, have, "predictive bands")
     kept = have[learner]
-    if not 0 <= task < len(kept):
-        raise ValueError(f"task must be from 0 to {len(kept) - 1}, the tasks whose bands were kept, got {task}")
+    _check_task(task, kept, "bands")
     if when not in ("before", "after"):
         raise ValueError(f'when must be "before" or "after", got {when!r}')
     band, everything = kept[task], [one for bands in have.values() for one in bands]
@@ -135,6 +147,41 @@ def _bands(
     )
     ax.set_ylim(*band_limits(everything))  # one scale for all learners and tasks, so that pictures can be compared
     return _named(ax, report, learner, note=f"{when}: {band.name}")
+
+
+def _explanation(report: Evidence, ax: Axes | None, *, learner: str | None = None, task: int = 0) -> Axes:
+    have = explained_of(report)
+    learner = _choose(report, learner, have, "draws for an ambiguous task")
+    _check_task(task, have[learner], "draws")
+    band, look = have[learner][task], looks_of(report)[learner]
+    ax = plots.explained_draws(
+        band.after,
+        band.explanations,
+        support=(band.support_x, band.support_y),
+        colour=look.colour,
+        x=report.feature,
+        y=report.target,
+        ax=ax,
+    )
+    ax.set_ylim(*explained_limits([kept[task] for kept in have.values()]))
+    return _named(ax, report, learner, note=band.name)
+
+
+def _map(
+    report: Evidence, ax: Axes | None, *, learner: str | None = None, task: int = 0, what: Any = "probability"
+) -> Axes:
+    have = maps_of(report)
+    if not have and not report.exact_maps:
+        raise ValueError("no learner in this report has probability maps")
+    if learner is None and report.exact_maps:
+        kept, look, name = report.exact_maps, EXACT, "exact"
+    else:
+        name = _choose(report, learner, have, "probability maps")
+        kept, look = have[name], looks_of(report)[name]
+    _check_task(task, kept, "maps")
+    ax = plots.probability_map(kept[task], what=what, colour=look.colour, x="first input", y="second input", ax=ax)
+    name_panel(ax, name, look, note=kept[task].name)
+    return ax
 
 
 def shrinkage_axes(
@@ -181,9 +228,16 @@ KINDS: dict[str, Callable[..., Axes]] = {
     "pit": _pit,
     "reliability": _reliability,
     "bands": _bands,
+    "explanation": _explanation,
+    "map": _map,
     "shrinkage": shrinkage_axes,
     "loss": _loss,
 }
+
+
+def _check_task(task: int, kept: Sequence[Any], what: str) -> None:
+    if not 0 <= task < len(kept):
+        raise ValueError(f"task must be from 0 to {len(kept) - 1}, the tasks whose {what} were kept, got {task}")
 
 
 def _named(ax: Axes, report: Evidence, learner: str, note: str = "") -> Axes:

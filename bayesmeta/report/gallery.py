@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +15,14 @@ from bayesmeta import plots
 from bayesmeta.plots.bands import bands_key
 from bayesmeta.plots.style import GREY, house_settings, legend, name_panel, new_grid
 from bayesmeta.plots.training import loss_key
+from bayesmeta.report.against import LABELS, all_of, finds_all
 from bayesmeta.report.evidence import Evidence
 from bayesmeta.report.figures import (
     bands_of,
+    explained_of,
     history_of,
     looks_of,
+    maps_of,
     metric_axes,
     pits_of,
     pooling_roles,
@@ -31,6 +34,7 @@ from bayesmeta.report.measures import HEADLINE
 from bayesmeta.report.numbers import Row, by_learner
 
 DPI = 192  # twice a screen's, and fine enough for print
+MOST_TASKS, MOST_MAPS = 3, 2  # ambiguous tasks in a picture
 MOST_SITES = 6  # shrinkage pictures on a page
 
 SCORES = """
@@ -61,6 +65,18 @@ One row a learner. Left, what it predicts before it has seen anything of a task;
 points (filled). Query points (hollow) were not seen: about half should lie in the dark band and nine in ten in the
 pale one. Thin lines are draws of the mean: where they fan out, the learner knows that it does not know. Where all
 draws are one line, it has a single answer, right or wrong.
+"""
+EXPLANATIONS = """
+A few of the ambiguous tasks. The support points (filled) leave open which of the dashed curves the task is: next to
+the task, how likely each is given those points. Thin lines are draws of a learner's own curve after it has seen the
+points. Who knows that it does not know has draws near every dashed curve; a single answer is near one of them at best,
+and near none where it is a compromise. Under a learner's name: in how many of all ambiguous tasks it finds them all.
+"""
+MAPS = """
+For each task, above, the probability of class 1 over both inputs, below, the entropy of the class, with its mean over
+the map: left what is exactly so given the support points (crosses: class 1), then what each learner says. A thin line
+is the border that one draw of a learner sees: a learner that knows what the points leave open has many different ones.
+Under its name: of the labels that all tasks leave open, the share that its draws give.
 """
 SHRINKAGE = """
 Each task's {site}: hollow where the task stands alone, filled where {partial} puts it, which lets tasks learn from
@@ -139,6 +155,28 @@ def _bands(report: Evidence, rows: list[Row]) -> Iterator[Parts]:
         yield "bands", "Predictions before and after a few points", BANDS, axes[0][0]
 
 
+def _explanations(report: Evidence, rows: list[Row]) -> Iterator[Parts]:
+    have = {name: bands[:MOST_TASKS] for name, bands in explained_of(report).items()}
+    if have and len({len(bands) for bands in have.values()}) == 1:
+        many = all_of(report).split()[0]
+        notes = {name: f"{many} in {share:.0%}" for name, share in finds_all(report).items()}
+        options: dict[str, Any] = {"x": report.feature, "y": report.target, "look": looks_of(report), "notes": notes}
+        axes = plots.explained_grid(have, **options)
+        wide = max(axes, key=lambda ax: ax.get_position().x1)
+        legend(wide, plots.explained_key(GREY))
+        yield "explanations", f"Ambiguous tasks: who sees {all_of(report)}?", EXPLANATIONS, axes[0]
+
+
+def _maps(report: Evidence, rows: list[Row]) -> Iterator[Parts]:
+    have, exact = maps_of(report), report.exact_maps[:MOST_MAPS]
+    if exact and all(len(maps) == len(report.exact_maps) for maps in have.values()):
+        labels = {name: estimate for (name, metric), (estimate, _, _) in by_learner(rows).items() if metric == LABELS}
+        notes = {name: f"{share:.0%} of labels" for name, share in labels.items() if np.isfinite(share)}
+        shown = {name: maps[:MOST_MAPS] for name, maps in have.items()}
+        axes = plots.map_grid(exact, shown, x="first input", y="second input", look=looks_of(report), notes=notes)
+        yield "maps", "What a few labels leave open: probability and entropy over both inputs", MAPS, axes[0]
+
+
 def _shrinkage(report: Evidence, rows: list[Row]) -> Iterator[Parts]:
     roles = pooling_roles(report)
     if all(name in report.results for name in roles):
@@ -158,7 +196,7 @@ def _training(report: Evidence, rows: list[Row]) -> Iterator[Parts]:
         yield "loss", "Training", TRAINING, axes[0]
 
 
-EVERY = (_scores, _calibration, _pit, _reliability, _bands, _shrinkage, _training)
+EVERY = (_scores, _explanations, _maps, _calibration, _pit, _reliability, _bands, _shrinkage, _training)
 
 
 def _finished(name: str, title: str, caption: str, ax: Axes) -> Picture:

@@ -7,24 +7,34 @@ from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """How readers know a metric. ``better``: -1 lower, 1 higher, 0 neither; ``nominal``: a coverage to be hit."""
+    """How readers know a metric. ``better``: -1 lower, 1 higher, 0 neither; ``nominal``: a coverage to be hit.
+
+    ``limit``: what the mean cannot be better than.
+    """
 
     label: str
     better: int
     nominal: float | None = None
+    limit: float | None = None
 
     @property
     def direction(self) -> str:
         """The goal in words; "" without one."""
         if self.nominal is not None:
             return f"nominal {self.nominal:g}"
-        return {-1: "lower is better", 1: "higher is better", 0: ""}[self.better]
+        best = "" if self.limit is None else f", at best {self.limit:g}"
+        return {-1: "lower is better", 1: "higher is better", 0: ""}[self.better] + best
 
 
+AMBIGUOUS = 0.2  # a task is ambiguous where every explanation is at least so likely given its support
+OPEN = 0.1  # a label is open where its exact probability is at least this
 CALIBRATION_ERROR, ECE = "calibration_error", "ece"  # of all tasks together, unlike the others, which are means over tasks
 
 NAMED = {
     "nll": Measure("NLL", -1),
+    "nll_gap": Measure("gap to exact", -1, limit=0),
+    "mode_coverage": Measure("mode coverage", 1, limit=1),
+    "label_coverage": Measure("label coverage", 1, limit=1),
     "rmse": Measure("RMSE", -1),
     "accuracy": Measure("accuracy", 1),
     "crps": Measure("CRPS", -1),
@@ -35,7 +45,9 @@ NAMED = {
     "gradient_evaluations": Measure("gradients", 0),
 }
 # The text table has room for these; summary() and the HTML table have all.
-HEADLINE = ("nll", "rmse", "accuracy", "crps", "brier", "coverage90", CALIBRATION_ERROR, ECE)
+HEADLINE = (
+    "nll", "nll_gap", "rmse", "accuracy", "crps", "brier", "coverage90", CALIBRATION_ERROR, ECE, "mode_coverage", "label_coverage",
+)  # fmt: skip
 PROPER = ("nll", "rmse", "accuracy", "crps", "brier")  # of these, differences between learners are shown
 
 
@@ -53,7 +65,9 @@ def measure(metric: str) -> Measure:
 def in_order(metrics: set[str]) -> list[str]:
     """``metrics`` as readers expect them: scores, coverage, width, calibration, then the rest by name."""
 
-    def place(metric: str) -> tuple[int, str]:
+    def place(metric: str) -> tuple[float, str]:
+        if metric == "nll_gap":
+            return PROPER.index("nll") + 0.5, ""
         if metric in PROPER:
             return PROPER.index(metric), ""
         for i, start in enumerate(("coverage", "width", CALIBRATION_ERROR, ECE), start=len(PROPER)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,24 +21,28 @@ ECE_BINS = 15
 
 
 def summary(report: Evidence) -> list[Row]:
-    """A row ``{learner, metric, estimate, lower, upper}`` for every number of every learner; ends are 95% intervals.
+    """A row ``{learner, metric, estimate, lower, upper, tasks}`` for every number of every learner; ends are 95% intervals.
 
     Metrics are means over tasks; ``calibration_error`` (Kuleshov, 20 levels) is of the curve that is their mean over
     tasks; ``ece`` (15 bins) pools all points;
     ``seconds`` and ``gradient_evaluations`` have no interval (NaN). A learner whose metric is NaN at a task that has
-    query points gets NaN: a mean over the tasks at which it did not fail would be no match for the others'.
+    query points gets NaN: a mean over the tasks at which it did not fail would be no match for the others'. A metric
+    that is of some tasks alone (``report.scored_tasks``) is a mean over those; ``tasks`` says of how many.
     """
     names = in_order({metric for result in report.results.values() for metric in result.metrics})
     columns = [(n, m, r.metrics[m]) for n, r in report.results.items() for m in names if m in r.metrics]
-    intervals = mean_intervals(np.stack([values for _, _, values in columns], axis=1), report) if columns else []
-    rows = [_row(n, m, *interval) for (n, m, _), interval in zip(columns, intervals, strict=True)]
+    values = [values for _, _, values in columns]
+    intervals = mean_intervals(np.stack(values, axis=1), report, [m for _, m, _ in columns]) if columns else []
+    counts = [int(scored(report, m).sum()) for _, m, _ in columns]
+    rows = [_row(n, m, count, *interval) for (n, m, _), count, interval in zip(columns, counts, intervals, strict=True)]
+    every, asked = len(report.query_sizes), int((report.query_sizes > 0).sum())
     for name, result in report.results.items():
         if result.pit is not None:
-            rows.append(_row(name, CALIBRATION_ERROR, *_calibration_error(pit_of(result, report), report.seed)))
+            rows.append(_row(name, CALIBRATION_ERROR, asked, *_calibration_error(pit_of(result, report), report.seed)))
         if result.probs is not None:
-            rows.append(_row(name, ECE, *_ece(result, report.seed)))
-        rows.append(_row(name, "seconds", result.seconds))
-        rows.append(_row(name, "gradient_evaluations", result.gradient_evaluations))
+            rows.append(_row(name, ECE, asked, *_ece(result, report.seed)))
+        rows.append(_row(name, "seconds", every, result.seconds))
+        rows.append(_row(name, "gradient_evaluations", every, result.gradient_evaluations))
     order = {name: i for i, name in enumerate(report.results)}
     return sorted(rows, key=lambda row: order[row["learner"]])  # stable: metrics stay in order
 
@@ -59,7 +63,8 @@ def paired(report: Evidence, metric: str = "nll", reference: str | None = None) 
     with np.errstate(invalid="ignore"):  # inf − inf is NaN, and is shown as that
         gaps = np.stack([report.results[name].metrics[metric] - base[metric] for name in others], axis=1)
     rows = []
-    for name, (estimate, lower, upper) in zip(others, mean_intervals(gaps, report), strict=True):
+    intervals = mean_intervals(gaps, report, [metric] * len(others))
+    for name, (estimate, lower, upper) in zip(others, intervals, strict=True):
         row = {"learner": name, "reference": reference, "metric": metric}
         ends = {"estimate": estimate, "lower": lower, "upper": upper}
         rows.append(row | ends | {"excludes_zero": bool(lower > 0 or upper < 0)})
@@ -71,7 +76,8 @@ def best(report: Evidence, metric: str = "nll") -> str:
     found = {}
     for name, result in report.results.items():
         if metric in result.metrics:
-            found[name] = mean_intervals(result.metrics[metric][:, None], report)[0][0] * measure(metric).better
+            mean = mean_intervals(result.metrics[metric][:, None], report, [metric])[0][0]
+            found[name] = mean * measure(metric).better
     finite = {name: value for name, value in found.items() if np.isfinite(value)}
     return max(finite, key=lambda name: finite[name]) if finite else next(iter(report.results))
 
@@ -105,12 +111,18 @@ def known_learner(report: Evidence, name: str) -> str:
     return name
 
 
-def mean_intervals(values: Array, report: Evidence) -> list[tuple[float, float, float]]:
-    """Mean over tasks and 95% interval of each column of ``values`` (T, K); tasks without query points are left out.
+def scored(report: Evidence, metric: str) -> Array:
+    """The tasks (T,) that a metric is of: those of ``report.scored_tasks``, else all with query points."""
+    return report.scored_tasks.get(metric, report.query_sizes > 0)
 
-    NaN at any other task makes the column NaN. One task alone, or an infinite value, has a mean and no interval.
+
+def mean_intervals(values: Array, report: Evidence, metrics: Sequence[str]) -> list[tuple[float, float, float]]:
+    """Mean over tasks and 95% interval of each column of ``values`` (T, K), each of one of K ``metrics``.
+
+    Tasks that the metric is not of are left out. NaN at any other task makes the column NaN. One task alone, or an
+    infinite value, has a mean and no interval.
     """
-    used = np.repeat((report.query_sizes > 0)[:, None], values.shape[1], axis=1) | ~np.isnan(values)
+    used = np.stack([scored(report, metric) for metric in metrics], axis=1) | ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         means = np.where(used, values, 0.0).sum(0) / np.maximum(used.sum(0), 1)
     fine = np.isfinite(means) & (used.sum(0) > 1)
@@ -139,15 +151,18 @@ def failures(report: Evidence) -> list[str]:
     sentences = []
     for name, result in report.results.items():
         bad = np.zeros(len(report.query_sizes), dtype=bool)
-        for values in result.metrics.values():
-            bad |= ~np.isfinite(values) & (report.query_sizes > 0)
+        for metric, values in result.metrics.items():
+            bad |= ~np.isfinite(values) & scored(report, metric)
         if bad.any():
             sentences.append(f"{name} gave no finite score on {int(bad.sum())} of {len(bad)} tasks.")
     return sentences
 
 
-def _row(learner: str, metric: str, estimate: float, lower: float = np.nan, upper: float = np.nan) -> Row:
-    return {"learner": learner, "metric": metric, "estimate": estimate, "lower": lower, "upper": upper}
+def _row(
+    learner: str, metric: str, tasks: int, estimate: float, lower: float = np.nan, upper: float = np.nan
+) -> Row:
+    ends = {"estimate": estimate, "lower": lower, "upper": upper}
+    return {"learner": learner, "metric": metric} | ends | {"tasks": tasks}
 
 
 def _calibration_error(pit: Array, seed: int) -> tuple[float, float, float]:

@@ -11,10 +11,11 @@ import numpy as np
 
 from bayesmeta.plots.formats import decimals, number
 from bayesmeta.plots.style import looks
+from bayesmeta.report.against import meanings
 from bayesmeta.report.evidence import Evidence
 from bayesmeta.report.gallery import Picture
 from bayesmeta.report.measures import CALIBRATION_ERROR, ECE, PROPER, measure
-from bayesmeta.report.numbers import Row, best, by_learner, failures, off_nominal, paired, winners
+from bayesmeta.report.numbers import Row, best, by_learner, failures, off_nominal, paired, scored, winners
 from bayesmeta.report.style import CSS
 from bayesmeta.report.table import FEW_TASKS
 from bayesmeta.report.verdict import verdict
@@ -74,7 +75,8 @@ def _scores(report: Evidence, rows: list[Row]) -> str:
         CALIBRATION_ERROR: "Calibration error is the mean squared gap of 20 quantile levels.",
         ECE: "ECE is the expected calibration error in 15 bins, all points together.",
     }
-    caption = " ".join([caption, *(words for metric, words in pooled.items() if metric in _metrics(rows))])
+    own = (words for metric, words in pooled.items() if metric in _metrics(rows))
+    caption = " ".join([caption, *own, *meanings(report, rows)])
     return _table(caption, columns, list(report.results), report)
 
 
@@ -101,7 +103,8 @@ def _column(report: Evidence, rows: list[Row], metric: str) -> tuple[str, dict[s
     own = {n: numbers[n, metric] for n in report.results if (n, metric) in numbers}
     bold, off = ({n for n in own if (n, metric) in those} for those in (winners(rows), off_nominal(rows)))
     what = measure(metric)
-    return _heading(what.label, what.direction), _cells(own, bold, off=off)
+    few = f", {int(scored(report, metric).sum()):,} tasks" if metric in report.scored_tasks else ""
+    return _heading(what.label, what.direction + few), _cells(own, bold, off=off)
 
 
 def _differences(report: Evidence, rows: list[Row]) -> str:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from bayesmeta.report import figures, gallery, numbers, page, serial, table
 from bayesmeta.report.files import folder_for, write_whole
 from bayesmeta.report.numbers import Row
-from bayesmeta.report.results import Array, LearnerResult, floats
+from bayesmeta.report.results import Array, LearnerResult, ProbabilityMap, floats
 
 FilePath = str | os.PathLike[str]
 
@@ -38,6 +38,9 @@ class Report:
     notes                  sentences that a reader must know, shown with the table
     environment            versions, threads, commit…
     histories        (K,)  by learner: "step", "loss" (K,); may have "validation_step", "validation" (V,)
+    scored_tasks     (T,)  by metric, bool: the tasks that it is of, where these are not all that have query points
+    explanation_names      what may explain a task, where the family knows: those of "mode_coverage"
+    exact_maps             the exact `ProbabilityMap` of the tasks in the learners' ``maps``, where it is known
     ================ ===== =======================================================================================
 
     Raises ValueError, naming learner and field, where results do not belong to the same tasks.
@@ -54,6 +57,9 @@ class Report:
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     histories: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+    scored_tasks: Mapping[str, Array] = field(default_factory=dict)
+    explanation_names: tuple[str, ...] = ()
+    exact_maps: tuple[ProbabilityMap, ...] = ()
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
@@ -66,6 +72,9 @@ class Report:
         keep("notes", tuple(self.notes))
         keep("environment", {key: str(value) for key, value in self.environment.items()})
         keep("histories", {n: {k: floats(v) for k, v in h.items()} for n, h in self.histories.items()})
+        keep("scored_tasks", {name: np.asarray(which, dtype=bool) for name, which in self.scored_tasks.items()})
+        keep("explanation_names", tuple(self.explanation_names))
+        keep("exact_maps", tuple(self.exact_maps))
         self._check()
 
     def _check(self) -> None:
@@ -83,6 +92,9 @@ class Report:
             for name, values in result.per_task().items():
                 if len(values) != tasks:
                     raise ValueError(f"{learner}: {name} has {len(values)} tasks, the report has {tasks}")
+        for metric, which in self.scored_tasks.items():
+            if which.shape != (tasks,):
+                raise ValueError(f"scored_tasks[{metric!r}] must have shape (T,) = ({tasks},), got {which.shape}")
         for learner, history in self.histories.items():
             if not {"step", "loss"} <= set(history):
                 raise ValueError(f'history of {learner} needs "step" and "loss", got {sorted(history)}')
@@ -99,7 +111,7 @@ class Report:
         return numbers.summary(self)
 
     def summary(self) -> list[Row]:
-        """Rows ``{learner, metric, estimate, lower, upper}``: means over tasks with 95% intervals by resampling tasks.
+        """Rows ``{learner, metric, estimate, lower, upper, tasks}``: means over so many tasks, 95% intervals by resampling tasks.
 
         ``calibration_error`` and ``ece`` pool the points of all tasks; ``seconds`` and ``gradient_evaluations`` have no
         interval (NaN). A metric that is NaN at a task with query points is NaN as a whole.
@@ -129,6 +141,8 @@ class Report:
         "pit"         ``learner=`` default the best in NLL; ``bins=10``
         "reliability" ``learner=`` default the best in NLL; ``bins=15``; classification only
         "bands"       ``learner=`` default the best in NLL; ``task=0`` among those kept; ``when="after"`` or "before"
+        "explanation" ``learner=`` default the best in NLL; ``task=0`` among the ambiguous ones kept
+        "map"         ``learner=`` default the exact map; ``task=0``; ``what="probability"`` or "entropy"
         "shrinkage"   ``site=`` default the first; ``no_pooling=``, ``partial=``, ``complete=`` names of learners
         "loss"        ``learner=`` default the first that was trained
         ============= ===========================================================================================

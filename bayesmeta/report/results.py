@@ -1,6 +1,6 @@
 """What an evaluation found, as plain numpy arrays: the only thing that plots and reports ever look at.
 
-Axes: ``T`` tasks, ``N`` query points of the longest task, ``G`` points of a grid, ``S`` draws, ``C`` classes,
+Axes: ``T`` tasks, ``N`` query points of the longest task, ``G`` (and ``H``) points of a grid, ``S`` draws, ``C`` classes,
 ``n`` and ``m`` support and query points of one task.
 """
 
@@ -77,10 +77,28 @@ class Curves:
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Explanation:
+    """One of the curves that a task's support set may come from, as its family knows: not a learner's.
+
+    ``probability``: given the support set. ``curve`` (G,): on the grid of the task's `Curves`, in the target's own unit.
+    """
+
+    name: str
+    probability: float
+    curve: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probability", float(self.probability))
+        settle(self, curve="G")
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bands:
     """One task's predictive before and after its support set was seen, with its points (first input, target).
 
     ``task``: its index among the T tasks. ``support_x``, ``support_y`` (n,); ``query_x``, ``query_y`` (m,).
+    ``explanations``: of an ambiguous task whose family knows them, on the grid of ``after``.
     """
 
     task: int
@@ -91,9 +109,41 @@ class Bands:
     support_y: Array
     query_x: Array
     query_y: Array
+    explanations: tuple[Explanation, ...] = ()
 
     def __post_init__(self) -> None:
         settle(self, support_x="n", support_y="n", query_x="m", query_y="m")
+        object.__setattr__(self, "explanations", tuple(self.explanations))
+        for one in self.explanations:
+            if one.curve.shape != self.after.grid.shape:
+                shapes = f"{one.curve.shape}, and Bands.after.grid {self.after.grid.shape}"
+                raise ValueError(f"Bands.explanations[{one.name!r}].curve has shape {shapes}: expected the same")
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbabilityMap:
+    """P(y = 1) of a task with two inputs and two classes, after its support set was seen.
+
+    ``task``: its index among the T tasks. ``first`` (G,), ``second`` (H,): values of both inputs. ``probs`` (H, G);
+    ``draws`` (S, H, G): under some draws of the task parameters; S may be 0. ``support_x`` (n, 2), ``support_y`` (n,).
+    """
+
+    task: int
+    name: str
+    first: Array
+    second: Array
+    probs: Array
+    support_x: Array
+    support_y: Array
+    draws: Array = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        # no draws and no points, whatever their shapes
+        for name, empty in (("draws", (0, *np.shape(self.probs))), ("support_x", (0, 2))):
+            if np.size(getattr(self, name)) == 0:
+                object.__setattr__(self, name, np.empty(empty))
+        settle(self, first="G", second="H", probs="HG", draws="SHG", support_x="nI", support_y="n")
 
 
 @final
@@ -105,7 +155,8 @@ class LearnerResult:
     field                shape
     ==================== ========= ================================================================================
     metrics              (T,) each by name: "nll", "rmse" or "accuracy", "crps" or "brier", "coverage50",
-                                   "coverage90", "width50", "width90"; one value a task, NaN where it has none
+                                   "coverage90", "width50", "width90"; one value a task, NaN where it has none;
+                                   against the truth, where known: "nll_gap", "mode_coverage", "label_coverage"
     pit                  (T, N)    probability integral transform of every query target, NaN where padded;
                                    None for classification
     probs                (T, N, C) predicted class probabilities; classification only
@@ -114,6 +165,7 @@ class LearnerResult:
     gradient_evaluations           of the adaptation, per task
     sites                (T,) each posterior mean of each scalar task-level site, by name
     bands                          a few tasks to draw: the same for every learner; may be empty
+    maps                           the same for tasks with two inputs and two classes, those of the report's exact maps
     diagnostics                    e.g. of NUTS: divergences, largest R̂, smallest effective sample size
     settings                       the learner's arguments as used; what is no number or text becomes text
     ==================== ========= ================================================================================
@@ -127,6 +179,7 @@ class LearnerResult:
     gradient_evaluations: float = float("nan")
     sites: Mapping[str, Array] = field(default_factory=dict)
     bands: tuple[Bands, ...] = ()
+    maps: tuple[ProbabilityMap, ...] = ()
     diagnostics: Mapping[str, float | str] = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
@@ -149,7 +202,8 @@ class LearnerResult:
             assert self.labels is not None
             object.__setattr__(self, "labels", self.labels.astype(np.int64))
             self.labels.flags.writeable = False
-        object.__setattr__(self, "bands", tuple(self.bands))
+        for name in ("bands", "maps"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "seconds", float(self.seconds))
         object.__setattr__(self, "gradient_evaluations", float(self.gradient_evaluations))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from bayesmeta.report.evidence import Evidence
 from bayesmeta.report.numbers import Row
-from bayesmeta.report.results import Bands, Curves, LearnerResult
+from bayesmeta.report.results import Bands, Curves, Explanation, LearnerResult, ProbabilityMap
 
 FORMAT, VERSION = "bayesmeta report", 1
 INFINITE = {"Infinity": np.inf, "-Infinity": -np.inf}
@@ -24,10 +24,10 @@ def csv_text(rows: list[Row]) -> str:
     """Rows of `summary` as CSV with a header; what is not a number stays empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["learner", "metric", "estimate", "lower", "upper"])
+    writer.writerow(["learner", "metric", "estimate", "lower", "upper", "tasks"])
     for row in rows:
         ends = ["" if np.isnan(row[key]) else repr(float(row[key])) for key in ("estimate", "lower", "upper")]
-        writer.writerow([row["learner"], row["metric"], *ends])
+        writer.writerow([row["learner"], row["metric"], *ends, row["tasks"]])
     return out.getvalue()
 
 
@@ -52,7 +52,8 @@ def json_content(path: Path) -> dict[str, Any]:
 
 def decode(content: dict[str, Any]) -> dict[str, Any]:
     """The fields of a report from `json_content`; any error of Python's where they are not what they should be."""
-    return content | {"results": {name: _result(result) for name, result in content["results"].items()}}
+    maps = {"exact_maps": _maps(content["exact_maps"])} if "exact_maps" in content else {}  # older files have none
+    return content | maps | {"results": {name: _result(result) for name, result in content["results"].items()}}
 
 
 def encode(value: Any) -> Any:
@@ -86,8 +87,14 @@ def _result(content: dict[str, Any]) -> LearnerResult:
     scalars = {key: _scalar(content[key]) for key in ("seconds", "gradient_evaluations")}
     words = {key: {k: _scalar(v) for k, v in content[key].items()} for key in ("diagnostics", "settings")}
     bands = tuple(_bands(band) for band in content["bands"])
-    return LearnerResult(**content | scalars | words | {"bands": bands})
+    return LearnerResult(**content | scalars | words | {"bands": bands, "maps": _maps(content.get("maps", ()))})
 
 
 def _bands(content: dict[str, Any]) -> Bands:
-    return Bands(**content | {when: Curves(**content[when]) for when in ("before", "after")})
+    explanations = [Explanation(**one | {"probability": _scalar(one["probability"])}) for one in content.get("explanations", ())]
+    curves = {when: Curves(**content[when]) for when in ("before", "after")}
+    return Bands(**content | curves | {"explanations": tuple(explanations)})
+
+
+def _maps(content: Iterable[dict[str, Any]]) -> tuple[ProbabilityMap, ...]:
+    return tuple(ProbabilityMap(**one) for one in content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bayesmeta.plots.formats import decimals, number
+from bayesmeta.report.against import meanings
 from bayesmeta.report.evidence import Evidence
 from bayesmeta.report.measures import CALIBRATION_ERROR, ECE, HEADLINE, PROPER, measure
 from bayesmeta.report.numbers import Row, best, by_learner, failures, known_learner, off_nominal, paired, winners
@@ -25,6 +26,7 @@ def text_table(report: Evidence, rows: list[Row], reference: str | None = None) 
         lines.append("* best of its column.")
     if off_nominal(rows):
         lines.append("! the interval of the coverage excludes its nominal level.")
+    lines += meanings(report, rows)
     if len(report.results) > 1:
         lines += ["", *_differences(report, rows, reference)]
     if tasks < FEW_TASKS:

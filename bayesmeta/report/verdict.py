@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bayesmeta.report.against import findings
 from bayesmeta.report.evidence import Evidence
 from bayesmeta.report.measures import CALIBRATION_ERROR, ECE
 from bayesmeta.report.numbers import Row, best, by_learner, paired
@@ -11,8 +12,8 @@ from bayesmeta.report.words import several
 
 
 def verdict(report: Evidence, rows: list[Row]) -> list[str]:
-    """Who is best in NLL, and from whom that can be told; whose intervals hold too little or too much."""
-    return [*_ranking(report, rows), *_coverage(report, rows), *_calibration(report, rows)]
+    """Who is best in NLL, and from whom that can be told; who sees all that a task may be; whose intervals hold too little or too much."""
+    return [*_ranking(report, rows), *findings(report, rows), *_coverage(report, rows), *_calibration(report, rows)]
 
 
 def _ranking(report: Evidence, rows: list[Row]) -> list[str]:

@@ -32,6 +32,9 @@ class TaskFamily(Protocol):
     - ``target_scale``: ``float``, one unit of the family's ``y`` in original units (default 1).
     - ``exact_posterior(support)``, ``exact_predictive(support, x)``, ``log_evidence(points) -> (T,)``: the truth, where
       the family knows it.
+    - ``explanations(support, x) -> (M, T, N)``: the M curves that a support set may come from, at ``x (T, N, I)``;
+      ``probabilities_of_explanations(support) -> (M, T)``: how likely each is given the support, NaN where that is not
+      known; ``explanation_names``: a word for each of the M. Evaluation looks whether a learner sees them all.
     - ``sample_tasks(num_tasks, *, generator) -> dict`` of ``(T, ...)`` tensors, ``evaluate(tasks, x) -> (T, N)``:
       the true task parameters and their noise-free function. The same generator state, the same tasks as `sample`.
     """

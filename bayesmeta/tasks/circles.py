@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar, final
 
 import torch
@@ -123,13 +124,17 @@ class Circles:
         high = torch.maximum(high, low)
         asked = torch.maximum(torch.minimum((x[:, :, None] - centres).norm(dim=-1), high), low)
         n, m = positive.sum(1), negative.sum(1)
-        more = int(self.balanced_query)
-        log_inside = self._log_mass(n + more, m, asked, high)
-        log_outside = self._log_mass(n, m + more, low, asked)
+        if self.balanced_query:  # being asked is then one more point of the class
+            (log_inside,), (log_outside,) = self._log_mass(n + 1, m, asked, high), self._log_mass(n, m + 1, low, asked)
+        else:
+            log_outside, log_inside = self._log_mass(n, m, low, asked, high)
         return torch.sigmoid(log_inside - log_outside)
 
-    def _log_mass(self, n: Tensor, m: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """log Σ_centres ∫_low^high A⁻ⁿ (S − A)⁻ᵐ dr, A the circle's area in the square S; limits ``(T, N or 1, G)``; ``(T, N)``."""
+    def _log_mass(self, n: Tensor, m: Tensor, *limits: Tensor) -> list[Tensor]:
+        """log Σ_centres ∫ A⁻ⁿ (S − A)⁻ᵐ dr from each limit to the next, A the circle's area in the square S; ``(T, N)`` each.
+
+        Limits ``(T, N or 1, G)``, rising.
+        """
         _, log_area, log_rest = self._grid
         step = math.log(self.radius[1] / self.radius[0]) / (RADII - 1)
         log_r = math.log(self.radius[0]) + step * torch.arange(RADII, dtype=torch.float64)
@@ -148,8 +153,8 @@ class Circles:
             s, d, b = (v[:, None].expand(*cell.shape, -1).gather(-1, cell[..., None])[..., 0] for v in (start, slope, before))
             return b + s.exp() * part * _mean_exp(d * part)
 
-        mass = (up_to(high) - up_to(low)).clamp(min=0).sum(-1)
-        return mass.log() + largest[:, 0]
+        mass = [(b - a).clamp(min=0).sum(-1) for a, b in pairwise([up_to(r) for r in limits])]
+        return [value.log() + largest[:, 0] for value in mass]
 
     @cached_property
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from bayesmeta.episodes import Episode, Points
 from bayesmeta.randomness import rng
 from bayesmeta.tasks.base import Prior, Size, check_prior, check_request, check_size, draw, draw_curve
 
+PARAMETERS = ("amplitude", "phase", "slope", "intercept")
 PANEL = 16  # Gauss-Legendre nodes over four standard deviations of the likelihood: exact to rounding
 INNER = 48  # over the whole of it
 BLOCK = 2**22  # numbers held at once
@@ -28,13 +29,15 @@ class SineOrLine:
     φ ~ U[0, π], b, c ~ U[−3, 3], x ~ U[−5, 5], noise sd 0.3, 5 shots. Arguments, and the sign of φ, as in `Sinusoid`.
 
     Either hypothesis has two parameters with uniform priors and Gaussian noise, so what a support set says of them, and of which it is,
-    is known: `probability_of_line`, `explanations`, `log_evidence`, by quadrature over both parameters in float64.
+    is known: `probability_of_line`, `explanations`, `log_evidence`, by quadrature over both parameters in float64. Of tasks with 5 points
+    about 2% leave both open (each at least 20% likely), with 3 points 9%, with 2 points 25%.
 
     Raises ValueError where an argument is out of its range.
     """
 
     num_tasks: ClassVar[None] = None
     target_scale: ClassVar[float] = 1.0
+    explanation_names: ClassVar[tuple[str, ...]] = ("sine", "line")
 
     amplitude: Prior = (0.1, 5.0)
     phase: Prior = (0.0, math.pi)
@@ -48,7 +51,7 @@ class SineOrLine:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("amplitude", "phase", "slope", "intercept", "x_range"):
+        for name in (*PARAMETERS, "x_range"):
             check_prior(name, getattr(self, name))
         check_size("num_support", self.num_support)
         check_size("num_query", self.num_query)
@@ -95,6 +98,13 @@ class SineOrLine:
         (sine, _), (line, _) = self._hypotheses(support)
         return torch.sigmoid(line - sine).to(support.x)
 
+    def probabilities_of_explanations(self, support: Points) -> Tensor:
+        """p(sine | S_i) and p(line | S_i), ``(2, T)``, as `explanations` has them; NaN where the noise is 0 or a prior is not uniform."""
+        if self.noise == 0 or not all(isinstance(getattr(self, name), tuple) for name in PARAMETERS):
+            return support.x.new_full((2, support.num_tasks), torch.nan)
+        line = self.probability_of_line(support)
+        return torch.stack([1 - line, line])
+
     def log_evidence(self, points: Points) -> Tensor:
         """log p(y_i | x_i) of each task, parameters and hypothesis integrated out, ``(T,)``; 0 without points. Raises as above."""
         (sine, _), (line, _) = self._hypotheses(points)
@@ -121,7 +131,7 @@ class SineOrLine:
             raise ValueError("points.y: expected targets, got None")
         if self.noise == 0:
             raise ValueError("noise: the probability of a line given noise-free points is 0 or 1; expected noise > 0, got 0")
-        for name in ("amplitude", "phase", "slope", "intercept"):
+        for name in PARAMETERS:
             if not isinstance(getattr(self, name), tuple):
                 raise ValueError(f"{name}: the exact answer is known for uniform priors (low, high), got {getattr(self, name)}")
         mask = points.mask
@@ -174,10 +184,9 @@ class SineOrLine:
         return log_node.logsumexp(-1), mean, torch.softmax(log_node, -1)
 
     def _draw_tasks(self, num_tasks: int) -> dict[str, Tensor]:
-        names = ("amplitude", "phase", "slope", "intercept")
         return {
             "is_line": torch.rand(num_tasks) < 0.5,
-            **{name: draw(getattr(self, name), num_tasks, self.dtype) for name in names},
+            **{name: draw(getattr(self, name), num_tasks, self.dtype) for name in PARAMETERS},
         }
 
 

@@ -35,6 +35,17 @@ BAND = SimpleNamespace(
     query_x=GRID[5:7],
     query_y=GRID[5:7],
 )
+EXPLANATIONS = [SimpleNamespace(name="up", probability=0.5, curve=GRID), SimpleNamespace(name="down", probability=0.5, curve=-GRID)]
+BAND.explanations = EXPLANATIONS
+MAP = SimpleNamespace(
+    name="one",
+    first=GRID,
+    second=GRID[:5],
+    probs=RNG.random((5, 20)),
+    draws=RNG.random((3, 5, 20)),
+    support_x=np.zeros((1, 2)),
+    support_y=np.ones(1),
+)
 STEPS = np.arange(100)
 
 SINGLE = {
@@ -43,6 +54,8 @@ SINGLE = {
     "pit_histogram": lambda ax: plots.pit_histogram(PITS["a"], ax=ax),
     "reliability_diagram": lambda ax: plots.reliability_diagram(PROBS, LABELS, ax=ax),
     "predictive_bands": lambda ax: plots.predictive_bands(CURVES, support=(GRID[:2], GRID[:2]), x="x", ax=ax),
+    "explained_draws": lambda ax: plots.explained_draws(CURVES, EXPLANATIONS, x="x", ax=ax),
+    "probability_map": lambda ax: plots.probability_map(MAP, x="x", ax=ax),
     "shrinkage": lambda ax: plots.shrinkage(GRID, GRID / 2, 0.0, np.arange(20), ax=ax),
     "loss_curve": lambda ax: plots.loss_curve(STEPS, 1 / (1 + STEPS), ax=ax),
     "metric_intervals": lambda ax: plots.metric_intervals({"a": (1, 0, 2), "b": (2, 1, 3)}, label="NLL", ax=ax),
@@ -52,6 +65,8 @@ GRIDS = {
     "pit_grid": lambda: plots.pit_grid(PITS),
     "reliability_grid": lambda: plots.reliability_grid({"a": PROBS}, {"a": LABELS}),
     "bands_grid": lambda: plots.bands_grid({"a": [BAND], "b": [BAND]})[0],
+    "explained_grid": lambda: plots.explained_grid({"a": [BAND], "b": [BAND]}),
+    "map_grid": lambda: plots.map_grid([MAP], {"a": [MAP], "b": [MAP]}),
 }
 
 

@@ -122,6 +122,24 @@ def test_probability_by_adaptive_quadrature():
     assert got == pytest.approx(from_line / (from_line + from_sine), abs=1e-8)
 
 
+def test_probabilities_of_explanations(few_points):
+    family, support = few_points
+    likely = family.probabilities_of_explanations(support)
+    assert family.explanation_names == ("sine", "line") and likely.shape == (2, 8)
+    assert torch.equal(likely[1], family.probability_of_line(support))
+    assert torch.allclose(likely.sum(0), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-15)
+    for unknown in (SineOrLine(noise=0.0), SineOrLine(phase=torch.distributions.Normal(0.0, 1.0))):
+        assert unknown.probabilities_of_explanations(support).isnan().all()
+
+
+@pytest.mark.parametrize(("points", "share"), [(5, 0.02), (3, 0.09), (2, 0.25)])
+def test_how_many_tasks_are_ambiguous(points, share):
+    """As the docstring says."""
+    family = SineOrLine(num_support=points)
+    likely = family.probabilities_of_explanations(family.sample(1000, generator=seeded(7)).support)
+    assert (likely >= 0.2).all(0).float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(share / 1000))
+
+
 def test_padding_and_tasks_of_other_sizes_change_nothing(few_points):
     family, support = few_points
     other = Points(support.x.nan_to_num(1e6), support.y.nan_to_num(-1e6), support.mask)
