@@ -192,7 +192,7 @@ def _network_recipe(
     model = HierarchicalModel.from_network(network, likelihood(), NormalPrior.of(network, 0.1))
     decoder = HierarchicalModel.from_network(DecoderNetwork(multilayer(inputs + code, 40, 40, 1), code), likelihood())
     learners: dict[str, Make] = {
-        "NoPooling": lambda model: NoPooling(model),
+        "NoPooling": lambda model: NoPooling(model, inner_steps=20, inner_lr=0.02),
         "CompletePooling": lambda model: CompletePooling(model),
         "MAML": lambda model: MAML(model, inner_steps=5, inner_lr=0.01),
         "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.01),

@@ -82,8 +82,8 @@ def meta_train(
     randomness (default: seed 0).
 
     Optimisation: ``optimizer`` and ``schedule`` are factories, ``lambda params: torch.optim.Adam(params, 1e-3)`` being the default;
-    ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss that is not finite out of a step, and
-    counts them.
+    ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss or gradient that is not finite out of a
+    step, and counts them.
 
     Validation: every ``validate_every`` steps the predictive NLL on a fixed set of tasks of ``validation``; after ``patience`` of
     them without a new best training stops. The best parameters are kept.
@@ -198,13 +198,13 @@ class _Run:
                     f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
                     "parameters are at their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
                 )
-            self.history.skipped += int(bad.sum())
-            self.generator.set_state(before)
-            losses, rest = self.losses(episode.select(~bad))  # anew: the gradient of a loss that is not finite is NaN even when masked
-        loss = losses.mean() + rest / total
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward(inputs=self.parameters)
-        norm = clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
+            episode, losses, rest = self.without(bad, episode, before)
+        loss, norm = self.backward(losses, rest, total, clip)
+        if bad_tasks == "skip" and not bool(norm.isfinite()):
+            bad = self.bad_gradients(episode, before)
+            if bool(bad.any()) and not bool(bad.all()):
+                episode, losses, rest = self.without(bad, episode, before)
+                loss, norm = self.backward(losses, rest, total, clip)
         if not (bool(loss.isfinite()) and bool(norm.isfinite())):
             raise TrainingError(
                 f"{where}: the loss is {loss.item()}, the gradient's norm {norm.item()}; parameters are at their last finite value"
@@ -224,6 +224,30 @@ class _Run:
         model = self.learner.model
         with model.theta_at(model.draw_theta(self.generator)):
             return self.learner.meta_loss(episode, generator=self.generator), self.learner.global_loss()
+
+    def without(self, bad: Tensor, episode: Episode, state: Tensor) -> tuple[Episode, Tensor, Tensor]:
+        """The other tasks and their losses, anew: the gradient of a loss that is not finite is NaN even when masked."""
+        self.history.skipped += int(bad.sum())
+        self.generator.set_state(state)
+        episode = episode.select(~bad)
+        return episode, *self.losses(episode)
+
+    def backward(self, losses: Tensor, rest: Tensor, total: int, clip: float | None) -> tuple[Tensor, Tensor]:
+        """Puts the gradient of the step's loss into the parameters; returns the loss and the gradient's norm before it was clipped."""
+        loss = losses.mean() + rest / total
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward(inputs=self.parameters)
+        return loss, clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
+
+    def bad_gradients(self, episode: Episode, state: Tensor) -> Tensor:
+        """Which tasks have a finite loss and a gradient that is not, ``(T,)``: each alone, since NaN spreads through what they share."""
+        bad = []
+        for task in range(episode.num_tasks):
+            self.generator.set_state(state)
+            losses, _ = self.losses(episode.select(task))
+            gradients = torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
+            bad.append(not all(g is None or bool(g.isfinite().all()) for g in gradients))
+        return torch.tensor(bad)
 
     def validate(self, episode: Episode, patience: int | None) -> None:
         value = float(predictive_nll(self.learner, episode).nanmean())

@@ -663,6 +663,29 @@ def test_an_infinite_gradient_is_an_error_and_moves_nothing():
     assert_same(before, values(learner))
 
 
+class Steep(AbstractMetaLearner):
+    """A finite loss everywhere; the gradient of a task whose level is 13 is infinite."""
+
+    def adapt(self, support, *, generator=None):
+        raise NotImplementedError
+
+    def meta_loss(self, episode, *, generator=None):
+        query = self.prepared(episode.query, "query")
+        phi = self.model.initial(query)[:, 0]
+        return (phi - query.y[:, 0]) ** 2 + (phi - phi.detach() + (query.y[:, 0] != 13)).abs().sqrt()
+
+
+def test_a_task_with_an_infinite_gradient_is_skipped_alone():
+    one, two = (Steep(HierarchicalModel(radon_program)) for _ in range(2))
+    history = meta_train(one, levels(1.0, 13.0, 2.0), steps=2, bad_tasks="skip")
+    assert history.skipped == 2
+    alone = meta_train(two, levels(1.0, 2.0), steps=2)
+    assert history.loss == alone.loss
+    assert_same(values(one), values(two))
+    with pytest.raises(TrainingError, match="the gradient's norm nan"):
+        meta_train(one, levels(1.0, 13.0, 2.0), steps=2)
+
+
 def test_a_step_size_that_throws_the_parameters_out_is_caught():
     """Finite gradient, infinite step: what the message says of the parameters, that they are finite, must hold."""
     learner = CompletePooling(HierarchicalModel(radon_program))

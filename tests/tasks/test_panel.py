@@ -303,3 +303,8 @@ def test_arrays_that_do_not_fit():
         Panel.from_arrays(["a", "b"], [np.inf, 2], [1, 0.5])
     with pytest.raises(ValueError, match="feature_names: expected 1 names, got 2"):
         Panel.from_arrays(["a", "b"], [1, 2], [1, 0.5], feature_names=["u", "v"])
+
+
+def test_standardize_is_yes_or_no():
+    with pytest.raises(TypeError, match="standardize: expected True or False, got 'features'"):
+        Panel.from_arrays(np.repeat(np.arange(8), 5), np.arange(40.0), np.arange(40.0), standardize="features")
