@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 import bayesmeta as bm
-from bayesmeta.comparison import hierarchical_regression
+from bayesmeta.recipes import hierarchical_regression
 
 generator = torch.Generator().manual_seed(0)
 counties = bm.tasks.Panel.radon(num_support=3)

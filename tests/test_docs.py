@@ -1,6 +1,7 @@
 """The pages say what is true: README code runs as pasted, the learner of the template keeps the contract, links lead somewhere."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def test_every_learner_has_a_row(page):
 
 def test_the_changelog_names_the_version():
     assert f"## {bayesmeta.__version__}" in (ROOT / "CHANGELOG.md").read_text() or "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["posterior_of_a_county.py"])  # radon.py is the README's code
+def test_examples_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert "level" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "calibration.png").stat().st_size > 10_000
