@@ -103,7 +103,7 @@ def explained_grid(
     look, notes, (count,) = looks(rows) if look is None else look, notes or {}, tasks
     deep = -(-len(rows) // columns)  # rows of a task
     wide = -(-len(rows) // deep)
-    flat = new_grid(count * deep * wide, cell=(min(2.4, 7.0 / wide), 1.4), columns=wide, sharex=True)
+    flat = new_grid(count * deep * wide, cell=(min(2.4, 8.8 / wide), 1.4), columns=wide, sharex=True)
     panels = []
     for i in range(count):
         mine = flat[i * deep * wide : (i + 1) * deep * wide]

@@ -26,6 +26,7 @@ table { border-collapse: collapse; font: 0.82rem/1.35 var(--sans); font-variant-
   border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
 th, td { padding: 0.42rem 0.6rem; text-align: right; white-space: nowrap; vertical-align: top; }
 thead th { font-weight: 600; border-bottom: 1px solid var(--ink); }
+thead small { white-space: normal; max-width: 7rem; margin-left: auto; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr > :first-child { text-align: left; padding-left: 0.1rem; font-weight: 600;
   position: sticky; left: 0; background: #fff; }
