@@ -190,6 +190,11 @@ def _network_recipe(
     """All weights of a network of two layers of 40 as φ; a latent code in a decoder of that size for what amortises."""
     network, code = WeightNetwork(multilayer(inputs, 40, 40, 1)), 16
     model = HierarchicalModel.from_network(network, likelihood(), NormalPrior.of(network, 0.1))
+
+    def wide() -> HierarchicalModel:
+        """The same model, its prior started wider: Stein steps of 0.01 along summed log joints bear no narrower one."""
+        return HierarchicalModel.from_network(network, likelihood(), NormalPrior.of(network, 0.3))
+
     decoder = HierarchicalModel.from_network(DecoderNetwork(multilayer(inputs + code, 40, 40, 1), code), likelihood())
     learners: dict[str, Make] = {
         "NoPooling": lambda model: NoPooling(model, inner_steps=20, inner_lr=0.02),
@@ -200,7 +205,7 @@ def _network_recipe(
         "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=5, inner_lr=0.01), size=5),
         "LLAMA": lambda model: LLAMA(model, inner_steps=5, inner_lr=0.01, curvature="last_layer", hessian="gauss_newton"),
         "ABML": lambda model: ABML(model, inner_steps=5, inner_lr=0.1, num_draws=2, step_units="prior"),
-        "BMAML": lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=1e-3, objective="predictive"),
+        "BMAML": lambda model: BMAML(wide(), num_particles=5, inner_steps=5, inner_lr=0.01, objective="predictive", start_scale=0.5),
         "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.01),
         "BayesianBlackBox": lambda model: BayesianBlackBox(copy.deepcopy(decoder)),
         "NUTS": lambda model: NUTS(model, num_draws=50, warmup=50, chains=1),

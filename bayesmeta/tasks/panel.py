@@ -129,7 +129,7 @@ class Panel:
         self._split_of = _assign_splits(len(self._counts), fractions, seed)
         training = _mask(self._counts, x.shape[1]) & (self._split_of == 0)[:, None]
         if not isinstance(standardize, bool):
-            raise TypeError(f"standardize: expected True or False, got {standardize!r}; counts and classes are never scaled, even with True")
+            raise TypeError(f"standardize: expected True or False, got {standardize!r} (counts and classes are never scaled)")
         if standardize and not training.any():
             raise ValueError(f"standardize: no groups to train on among {len(self._counts)} at fractions={fractions}")
         x_scale = _standardizer(
