@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _compare(options)
-    except (ValueError, TrainingError, OSError, ModelError) as error:
+    except (ValueError, TrainingError, OSError, ModelError, RuntimeError) as error:
         print(f"bayesmeta: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

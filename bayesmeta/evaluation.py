@@ -53,6 +53,8 @@ def evaluate(
     Numbers and pictures are in the family's original units (``family.target_scale``, ``family.scaling``).
     Raises ValueError for no adapters, TypeError for what is not an adapter.
     """
+    if not isinstance(adapters, AbstractAdapter | Mapping):
+        raise TypeError(f"adapters: expected a learner or a dictionary of learners by name, got {type(adapters).__name__}")
     named = {type(adapters).__name__: adapters} if isinstance(adapters, AbstractAdapter) else dict(adapters)
     if not named:
         raise ValueError("adapters: expected at least one, got none")

@@ -241,5 +241,7 @@ def _check_deterministic(module: nn.Module) -> None:
             raise ValueError(f"module '{name}' is {kind}: a network must be deterministic given φ; leave dropout out")
         if isinstance(part, nn.RNNBase | nn.MultiheadAttention) and part.dropout > 0:
             raise ValueError(f"module '{name}' is {kind} with dropout={part.dropout}: a network must be deterministic given φ; set it to 0")
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"module '{name}' is {kind}: its statistics would mix tasks and padding; use GroupNorm or LayerNorm")
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
-            raise ValueError(f"module '{name}' is {kind} with running statistics: use GroupNorm or LayerNorm, or track_running_stats=False")
+            raise ValueError(f"module '{name}' is {kind} with running statistics: use track_running_stats=False, GroupNorm or LayerNorm")

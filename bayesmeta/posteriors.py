@@ -87,6 +87,21 @@ class TaskPosterior:
         return self.distribution.batch_shape[0]
 
     @property
+    def batch_shape(self) -> torch.Size:
+        """``(T,)``."""
+        return self.distribution.batch_shape
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """``(D,)``."""
+        return self.distribution.event_shape
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance in packed space, ``(T, D)``; 0 for a Delta."""
+        return self.distribution.variance
+
+    @property
     def is_point(self) -> bool:
         """Whether all mass is at one point (a Delta)."""
         return isinstance(self.distribution, dist.Delta)
@@ -114,8 +129,8 @@ class TaskPosterior:
             if n <= len(q.values):
                 return q.values[torch.linspace(0, len(q.values) - 1, n).round().long()]
         n = (1 if self.is_point else DEFAULT_DRAWS) if n is None else n
-        with rng(generator), torch.no_grad():
-            return q.sample((n,))
+        with rng(generator), torch.no_grad():  # rsample: a task that has diverged is NaN, where torch's sample of a Normal refuses all
+            return q.rsample((n,)) if q.has_rsample else q.sample((n,))
 
     def sites(self, n: int | None = None, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draws of the program's own task-level sites, by name: ``(S, T, *event)``, in their own (constrained) units."""
@@ -324,14 +339,14 @@ def _select(q: Any, tasks: Tensor) -> Any:
     if hasattr(q, "select"):  # the package's own
         return q.select(tasks)
     if isinstance(q, dist.MultivariateNormal):
-        return dist.MultivariateNormal(q.loc[tasks], scale_tril=q.scale_tril[tasks])
+        return dist.MultivariateNormal(q.loc[tasks], scale_tril=q.scale_tril[tasks], validate_args=False)
     if isinstance(q, dist.LowRankMultivariateNormal):
-        return dist.LowRankMultivariateNormal(q.loc[tasks], q.cov_factor[tasks], q.cov_diag[tasks])
+        return dist.LowRankMultivariateNormal(q.loc[tasks], q.cov_factor[tasks], q.cov_diag[tasks], validate_args=False)
     if isinstance(q, dist.Delta):
         return delta(q.v[tasks])
     base, axes, _ = peel(q)
     if isinstance(base, dist.Normal) and axes == 1:
-        return dist.Normal(base.loc[tasks], base.scale[tasks]).to_event(1)
+        return dist.Normal(base.loc[tasks], base.scale[tasks], validate_args=False).to_event(1)
     raise TypeError(f"expected a Delta, Normal, MultivariateNormal, LowRankMultivariateNormal or Particles, got {type(q).__name__}")
 
 

@@ -97,11 +97,14 @@ def meta_train(
     arguments = {name: value for name, value in locals().items() if name != "learner"}
     if not isinstance(learner, AbstractMetaLearner):
         raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
-    if steps < 0 or validate_every < 1 or checkpoint_every < 1:
-        raise ValueError(f"expected steps >= 0 and *_every >= 1, got {steps}, {validate_every}, {checkpoint_every}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps: expected a whole number, steps >= 0, got {steps!r}")
+    if not isinstance(resume, bool) or (resume and checkpoint is None):
+        raise ValueError(f"resume: expected True or False, with checkpoint= naming the file, got {resume!r} and {checkpoint!r}")
     checked_choice("bad_tasks", bad_tasks, ("raise", "skip"))
     for name, value in (
-        ("tasks_per_step", tasks_per_step), ("num_tasks", num_tasks), ("patience", patience), ("validation_tasks", validation_tasks)
+        ("tasks_per_step", tasks_per_step), ("num_tasks", num_tasks), ("patience", patience), ("validation_tasks", validation_tasks),
+        ("validate_every", validate_every), ("checkpoint_every", checkpoint_every),
     ):  # fmt: skip
         if value is not None:
             checked_steps(name, value, least=1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bayesmeta import AbstractAdapter, Episode, HierarchicalModel, Particles, Points, TaskPosterior, evaluate, meta_train
-from bayesmeta.learners import ABML, MAML, NUTS, CompletePooling, Exact, NoPooling
+from bayesmeta.learners import ABML, LLAMA, MAML, NUTS, CompletePooling, Exact, NoPooling
 from bayesmeta.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesmeta.networks import WeightNetwork
 from bayesmeta.tasks import LinearGaussian, Panel, Sinusoid
@@ -551,3 +551,21 @@ def test_bad_data_are_named():
 def test_no_tasks_are_refused(num_tasks, family):
     with pytest.raises(ValueError, match="task"):
         evaluate(radon_maml(torch.float32), family, num_tasks=num_tasks)
+
+
+@pytest.mark.filterwarnings("ignore:.*diverged:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("ABML", lambda m: ABML(m, inner_lr=50.0, inner_steps=60)), ("ABML rank=1", lambda m: ABML(m, inner_lr=50.0, inner_steps=60, rank=1)),
+     ("LLAMA", lambda m: LLAMA(m, inner_lr=5.0, inner_steps=200)), ("MAML", lambda m: MAML(m, inner_lr=50.0, inner_steps=60))],
+)  # fmt: skip
+def test_a_task_that_diverges_costs_no_other_learner_its_report(name, make):
+    """Steps that are far too large overflow tasks with much curvature; the others keep their scores, and so does everybody else."""
+    e = episode((3, 5, 0), (4, 2, 3))
+    model = HierarchicalModel(radon_program, example=e)
+    report = evaluate({"wild": make(model), "fine": Exact(model)}, e, examples=2)
+    assert np.isfinite(report.results["fine"].metrics["nll"]).all()
+    wild = report.results["wild"].metrics["nll"]
+    assert np.isnan(wild[:2]).any()
+    if "rank=1" not in name:  # whose KL is taken at draws, also without data
+        assert np.isfinite(wild[2])

@@ -20,7 +20,8 @@ never leave, by symmetry). A task without support points has U = 0: q is then th
 | num_draws | | draws of φ for each inner expectation; they are shared by all tasks |
 | noise | | "whitened" (exact for a quadratic where num_draws > D + R), "antithetic" or "iid" |
 | rank | R | 0: a diagonal Normal |
-| step_units | | "prior": steps of α σ_θ² ∇ instead of α ∇, for narrow priors (of weights), where plain ones diverge at α > 2 N σ_θ² |
+| step_units | | "plain"; "prior": α σ_θ² ∇, for narrow priors, where plain steps diverge at α > 2 N σ_θ²; "auto": "prior" for weights |
+| objective | | "elbo", the only one |
 | first_order | | take the inner gradients as constants |
 
 The outer expectation takes one draw a task, as `pyro.infer.SVI` does with ``learner.guide``: same loss, same seed.
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from ..episodes import Episode, Points
 from ..model import HierarchicalModel
+from ..networks import WeightNetwork
 from ..posteriors import TaskPosterior
 from ..randomness import rng
 from .base import AbstractMetaLearner, LazyParameter, checked_choice, checked_steps
@@ -49,13 +51,17 @@ class ABML(AbstractMetaLearner):
 
     def __init__(
         self, model: HierarchicalModel, *, inner_steps: int = 5, inner_lr: float = 0.1, kl_weight: float = 1.0,
-        num_draws: int = 5, noise: str = "whitened", rank: int = 0, step_units: str = "plain", first_order: bool = False,
+        num_draws: int = 5, noise: str = "whitened", rank: int = 0, step_units: str = "auto", first_order: bool = False,
+        objective: str = "elbo",
     ) -> None:  # fmt: skip
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
         self.kl_weight, self.first_order, self.rank = kl_weight, first_order, checked_steps("rank", rank)
         self.num_draws, self.noise = checked_steps("num_draws", num_draws, least=1), checked_choice("noise", noise, KINDS)
-        self.step_units = checked_choice("step_units", step_units, ("plain", "prior"))
+        self.step_units = checked_choice("step_units", step_units, ("auto", "plain", "prior"))
+        if self.step_units == "auto":
+            self.step_units = "prior" if isinstance(model.network, WeightNetwork) else "plain"
+        self.objective = checked_choice("objective", objective, ("elbo",))
         if rank:
             self.factor = LazyParameter(self._first_factor)
 
@@ -121,4 +127,7 @@ def _normal(mean: Tensor, sigma: Tensor, factor: Tensor | None = None) -> Any:
     # not validated: a task that has diverged is NaN of its own
     if factor is None:
         return dist.Normal(mean, sigma.abs(), validate_args=False).to_event(1)
-    return dist.LowRankMultivariateNormal(mean, factor, sigma.square(), validate_args=False)
+    fine = (mean + sigma).isfinite().all(-1) & factor.isfinite().all(-1).all(-1)  # a Cholesky factor of NaN is an exception for all
+    mean = torch.where(fine[:, None], mean, torch.nan)
+    factor = torch.where(fine[:, None, None], factor, 0.0)
+    return dist.LowRankMultivariateNormal(mean, factor, torch.where(fine[:, None], sigma.square(), 1.0), validate_args=False)

@@ -25,6 +25,8 @@ class AbstractAdapter(nn.Module, ABC):
 
     def __init__(self, model: HierarchicalModel) -> None:
         super().__init__()
+        if not isinstance(model, HierarchicalModel):
+            raise TypeError(f"model: expected a HierarchicalModel, got {type(model).__name__}; write HierarchicalModel(program)")
         self.model = model
         self.members = ()  # an ensemble's, each with a model of its own
 
@@ -69,6 +71,8 @@ class AbstractAdapter(nn.Module, ABC):
 
         A support set that is empty in every task needs no y.
         """
+        if not isinstance(points, Points):
+            raise TypeError(f"{role}: expected Points, got {type(points).__name__}")
         points.check(role)
         if points.y is None and points.mask.any():
             raise ValueError(f"{role}.y: expected targets, got None")

@@ -48,7 +48,8 @@ class Ensemble(AbstractMetaLearner):
         self.materialise(support)
         with rng(generator):
             parts = [member.adapt(support) for member in self.members]
-        assert all(isinstance(part, TaskPosterior) for part in parts)
+        if not all(isinstance(part, TaskPosterior) for part in parts):
+            raise NotImplementedError("an ensemble mixes distributions over φ, and its members go from support set to prediction directly")
         return MixturePosterior(parts)  # type: ignore[arg-type]
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:

@@ -96,7 +96,7 @@ def map_grid(
     named: dict[str, Sequence[MapLike]] = {"": exact} | dict(rows)
     deep = -(-len(named) // columns)
     wide = -(-len(named) // deep)
-    side = min(1.9, 6.1 / wide)  # of one square panel; bars, labels and titles come on top
+    side = min(1.9, 7.6 / wide)  # of one square panel; bars, labels and titles come on top
     flat = new_grid(2 * len(exact) * deep * wide, cell=(side + 0.9 / wide, side + 0.27), columns=wide, sharex=True, sharey=True)
     figure = flat[0].figure
     assert isinstance(figure, Figure)
