@@ -7,9 +7,10 @@
 What the graph takes as inputs is followed: every parameter and buffer of the learner, the episode's tensors, and the step's noise, which is
 drawn outside from the caller's generator in the order in which eager draws it, so that the random stream is eager's own. What Python
 decides while the step is traced is settled for good: a learner's own settings (``kl_weight``) must not change during a run. New shapes
-are traced again. Values that Python looks at (``if``, ``float``) cannot be traced; such a step stays eager, and one RuntimeWarning says why.
+are traced again. Values that Python looks at (``if``, ``float``) cannot be traced: such a step stays eager, one RuntimeWarning says why.
 
-Every new graph is held to eager twice, on the data it was traced on and on the next step's: loss, gradients and the state of the generator.
+Every new graph is held to eager: on the data it was traced on, on a disturbed copy of them (other order, other padding), and on the next
+step's, in loss, gradients and the state of the generator. So what Python took from the data behind the graph's back shows.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, 
 
 
 class Gradients(NamedTuple):
-    """A step's losses ``(T,)``, their mean with θ's share ``()``, and the gradient of that for each trained parameter (None: not reached)."""
+    """A step's losses ``(T,)``, their mean with θ's share ``()``, and its gradient for each trained parameter (None: not reached)."""
 
     losses: Tensor
     loss: Tensor
@@ -62,7 +63,8 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do."""
     with warnings.catch_warnings():  # the compiler's remarks on itself
         warnings.simplefilter("ignore")
-        return torch._inductor.compile(module, inputs, options={"fallback_random": True})  # type: ignore[no-any-return, return-value]
+        run: Any = torch._inductor.compile(module, [*inputs], options={"fallback_random": True})
+        return run
 
 
 def gradients_of(losses: Losses, parameters: Sequence[Tensor], total: int, episode: Episode) -> Gradients:
@@ -97,8 +99,8 @@ class TracedStep:
 class StepCompiler:
     """Takes training steps for a learner, faster than eager where it can and where it pays.
 
-    ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of all
-    that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
+    ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of
+    all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
     where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph.
 
     Raises ValueError for another ``mode``.
@@ -106,12 +108,13 @@ class StepCompiler:
 
     def __init__(
         self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], losses: Losses, total: int, generator: torch.Generator,
-        *, mode: bool | str = "auto", backend: Backend = inductor,
+        *, mode: bool | str = "auto", backend: Backend | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(mode, bool):
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
-        self.mode, self.backend = mode, backend
+        self.mode, self.backend = mode, backend or inductor
+        self.can_compile = True
         self.why_eager: str | None = "compile=False" if mode is False else None
         self.graphs: OrderedDict[Any, TracedStep] = OrderedDict()
         self.seen: Counter[Any] = Counter()
@@ -121,8 +124,6 @@ class StepCompiler:
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
         self._fine: tuple[tuple[Tensor, int], ...] = ()
-
-    # --- a step
 
     def __call__(self, episode: Episode, remaining: int) -> Gradients | None:
         """The step's losses and gradients; None where the step is eager's to take. ``remaining``: steps to come, this one included."""
@@ -153,6 +154,9 @@ class StepCompiler:
                 return None
             start = time.perf_counter()
             step = self.graphs[key] = self._traced(episode)
+            self._check_disturbed(step, disturbed(episode))
+            if self.why_eager is not None:
+                return None
             log.info(
                 "%s: traced a step of %d tasks in %.1f s, %d operations",
                 type(self.learner).__name__, episode.num_tasks, time.perf_counter() - start, step.size,
@@ -161,33 +165,48 @@ class StepCompiler:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
         cost = COMPILE_SECONDS + COMPILE_SECONDS_A_NODE * step.size
-        if not step.compiled and (self.mode is True or (not step.unchecked and self._pays(step.seconds, to_come, cost))):
-            start = time.perf_counter()
+        worth = self.mode is True or (not step.unchecked and self._pays(step.seconds, to_come, cost))
+        if not step.compiled and self.can_compile and worth:
+            self._compile(step, episode)
+        return step
+
+    def _compile(self, step: TracedStep, episode: Episode) -> None:
+        start, before = time.perf_counter(), self.generator.get_state()
+        try:
             with torch.no_grad():
                 step.run = self.backend(step.module, self._inputs(step, episode))
-            step.compiled, step.unchecked = True, CHECKS
-            step.seconds.clear()
-            log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
-        return step
+        except Exception as error:  # whatever a compiler may raise: none installed, an operation it does not know
+            self.can_compile = False
+            self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {_first_lines(error)}")
+            return
+        finally:
+            self.generator.set_state(before)
+        step.compiled, step.unchecked = True, CHECKS
+        step.seconds.clear()
+        log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
 
     def _pays(self, seconds: deque[float], to_come: float, cost: float) -> bool:
         return len(seconds) >= WARM_UP and to_come * SAVED * statistics.median(seconds) > CLEARLY * cost
 
     def _taken(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
         start = time.perf_counter()
+        found = self._run(step, episode, before)
+        if not step.unchecked:
+            step.seconds.append(time.perf_counter() - start)
+        elif math.isfinite(found.loss.item()):
+            step.unchecked -= 1
+            self._check(step, found, episode, before)
+        self.learner.model.gradient_evaluations += step.evaluations
+        return found if self.why_eager is None else None
+
+    def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients:
         self.generator.set_state(before)
         with torch.no_grad(), rng(self.generator) if step.random else nullcontext():
             losses, loss, *gradients = step.run(*self._inputs(step, episode))
-        if not step.unchecked:
-            step.seconds.append(time.perf_counter() - start)
         rest = iter(gradients)
-        found = Gradients(losses, loss, [next(rest) if reached else None for reached in step.reached])
-        self.learner.model.gradient_evaluations += step.evaluations
-        if step.unchecked and math.isfinite(found.loss.item()):
-            self._check(step, found, episode, before)
-            step.unchecked -= 1
-            return found if self.why_eager is None else None
-        return found
+        return Gradients(losses, loss, [next(rest) if reached else None for reached in step.reached])
+
+    # --- held to eager
 
     def _check(self, step: TracedStep, found: Gradients, episode: Episode, before: Tensor) -> None:
         """Holds ``found`` to eager; gives up where they differ."""
@@ -201,12 +220,24 @@ class StepCompiler:
         elif (gap := difference(found, wanted)) > tolerance(found.loss.dtype):
             self._give_up(f"loss or gradients of the {how} step differ from the eager one's by {gap:.1e} of their size")
 
+    def _check_disturbed(self, step: TracedStep, episode: Episode) -> None:
+        before, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
+        try:
+            fine = math.isfinite(gradients_of(self.losses, self.parameters, self.total, episode).loss.item())
+        except ValueError:  # no data for this learner: a class without a point, say
+            fine = False
+        if fine:
+            self._check(step, self._run(step, episode, before), episode, before)
+        self.generator.set_state(before)
+        self.learner.model.gradient_evaluations = evaluations
+
     def _give_up(self, why: str) -> None:
         self.why_eager = why
         self.graphs.clear()
-        warnings.warn(
-            f"{type(self.learner).__name__}: training goes on uncompiled, with the same results: {why}", RuntimeWarning, stacklevel=5
-        )
+        self._warn(f"training goes on step by step through Python, with the same results: {why}")
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{type(self.learner).__name__}: compile={self.mode!r}: {what}", RuntimeWarning, stacklevel=2)
 
     # --- the graph
 
@@ -216,7 +247,8 @@ class StepCompiler:
 
     def _traced(self, episode: Episode) -> TracedStep:
         """Traces one step on ``episode``. Raises what tracing raises; the generator is then as it was, or further."""
-        model, reached = self.learner.model, []
+        model = self.learner.model
+        reached: list[bool] = []
 
         def losses(ready: Episode) -> tuple[Tensor, Tensor]:
             with model.data_ready():
@@ -228,6 +260,7 @@ class StepCompiler:
             named = dict(zip(self._names, values, strict=True))
             by_id = {id(p): named[n] for n, p in self.learner.named_parameters()}
             with stateless._reparametrize_module(self.learner, named, tie_weights=True):
+                # prepared once, in the graph: the program's runs then take the data as they are
                 ready = Episode(model.prepare(Points(x, y, mask)), model.prepare(Points(qx, qy, qmask)))
                 found = gradients_of(losses, [by_id[id(p)] for p in self.parameters], self.total, ready)
             reached[:] = [g is not None for g in found.gradients]
@@ -237,6 +270,10 @@ class StepCompiler:
         module = make_fx(step)(*self._state, *_tensors(episode))
         self.generator.set_state(before)
         evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
+        if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
+            raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
+        if any(_has_dynamic_shape(node) for node in module.graph.nodes):
+            raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
         random = any(_is_random(node) for node in module.graph.nodes)
         noise = draw_noise_outside(module)
         return TracedStep(module, noise, random, reached, evaluations, module)
@@ -262,8 +299,20 @@ class StepCompiler:
         return True
 
 
+def disturbed(episode: Episode) -> Episode:
+    """The same tasks and points in another order, and of every second task one point fewer, where it has several."""
+
+    def other(points: Points) -> Points:
+        x, y, mask = (None if v is None else v.roll(1, 0).flip(1) for v in points)
+        assert x is not None and mask is not None
+        several = (mask.sum(1) > 1) & (torch.arange(len(mask), device=mask.device) % 2 == 0)
+        return Points(x, y, mask & ~(several[:, None] & (mask.cumsum(1) == 1)))
+
+    return Episode(other(episode.support), other(episode.query))
+
+
 def difference(found: Gradients, wanted: Gradients) -> float:
-    """The largest gap between two steps' losses or gradients, as a share of the size of the tensor it is in (at least 1% of the largest's)."""
+    """The largest gap between two steps' losses or gradients, as a share of the size of the tensor it is in, at least 1% of the largest."""
     pairs = [(found.losses, wanted.losses), (found.loss, wanted.loss)]
     gradients = list(zip(found.gradients, wanted.gradients, strict=True))
     if any((a is None) != (b is None) for a, b in gradients):
@@ -324,6 +373,19 @@ def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
+def _has_dynamic_shape(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target != torch.ops.aten.index.Tensor:
+        return True
+    return any(_dtype(index) in (torch.bool, torch.uint8) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return getattr(value, "dtype", None)
+
+
 def _tensors(episode: Episode) -> list[Tensor]:
     return [v for points in episode for v in points if v is not None]
 
@@ -332,7 +394,7 @@ def _is_small(value: Tensor | None) -> bool:
     if value is None or not value.is_floating_point() or not value.numel():
         return True
     low, high = torch.aminmax(value)  # both NaN where one is
-    return -LARGEST_TARGET <= low.item() and high.item() <= LARGEST_TARGET
+    return low.item() >= -LARGEST_TARGET and high.item() <= LARGEST_TARGET
 
 
 def _gap(found: Tensor, wanted: Tensor, floor: float) -> float:

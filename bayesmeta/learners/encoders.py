@@ -19,6 +19,7 @@ price of jumps where two points change places along a direction.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -461,9 +462,13 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 def projections(values: Tensor, count: int) -> Tensor:
     """``values (T, N, V)`` along ``count`` fixed directions, every second the one before reversed, ``(T, N, count)``."""
-    directions = torch.randn(values.shape[-1], (count + 1) // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    both = torch.stack([directions, -directions], -1).flatten(1)[:, :count]
-    return values @ both.to(values)
+    return values @ _directions(values.shape[-1], count).to(values)
+
+
+@functools.cache  # a constant: a traced step would draw from a generator of its own again at every call
+def _directions(size: int, count: int) -> Tensor:
+    half = torch.randn(size, (count + 1) // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.stack([half, -half], -1).flatten(1)[:, :count]
 
 
 def random_part(points: Points, values: Tensor, share: Tensor) -> Tensor:
