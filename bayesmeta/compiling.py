@@ -78,7 +78,11 @@ def gradients_of(losses: Losses, parameters: Sequence[Tensor], total: int, episo
 
 @dataclass
 class TracedStep:
-    """A step as a graph: ``module`` takes the learner's tensors, the episode's, and the noise; ``noise`` draws that."""
+    """A step as a graph: ``module`` takes the learner's tensors, the episode's, and the noise; ``noise`` draws that.
+
+    ``random``: whether it draws at all. ``reached``: which trained parameters have a gradient. ``evaluations``: what a step adds to the
+    model's count of gradients. ``run``: ``module``, or what the compiler made of it. ``seconds``: of the last steps.
+    """
 
     module: GraphModule
     noise: GraphModule | None
@@ -88,6 +92,7 @@ class TracedStep:
     run: Run
     compiled: bool = False
     unchecked: int = CHECKS
+    before: float = math.inf  # seconds a step took before it was compiled
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     @property
@@ -124,6 +129,12 @@ class StepCompiler:
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
         self._fine: tuple[tuple[Tensor, int], ...] = ()
+        elsewhere = {v.device.type for v in self._state} - {"cpu"}
+        if self.why_eager is None and elsewhere:
+            self.why_eager = f"steps are compiled on the CPU alone so far, and the model is on {', '.join(sorted(elsewhere))}"
+            log.info("%s: %s", type(learner).__name__, self.why_eager)
+            if mode is True:
+                self._warn(self.why_eager)
 
     def __call__(self, episode: Episode, remaining: int) -> Gradients | None:
         """The step's losses and gradients; None where the step is eager's to take. ``remaining``: steps to come, this one included."""
@@ -182,6 +193,7 @@ class StepCompiler:
         finally:
             self.generator.set_state(before)
         step.compiled, step.unchecked = True, CHECKS
+        step.before = statistics.median(step.seconds) if step.seconds else math.inf
         step.seconds.clear()
         log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
 
@@ -193,6 +205,9 @@ class StepCompiler:
         found = self._run(step, episode, before)
         if not step.unchecked:
             step.seconds.append(time.perf_counter() - start)
+            if self.mode == "auto" and step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
+                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
+                step.run, step.compiled, self.can_compile = step.module, False, False
         elif math.isfinite(found.loss.item()):
             step.unchecked -= 1
             self._check(step, found, episode, before)

@@ -1,6 +1,7 @@
-"""`bayesmeta.compiling`: a traced or compiled step is the eager one, follows parameters, data and noise, and gives way where it cannot be."""
+"""`bayesmeta.compiling`: a traced or compiled step is the eager one, follows parameters, data and noise, or gives way."""
 
 import logging
+import time
 import warnings
 
 import numpy as np
@@ -125,8 +126,7 @@ def test_a_compiled_step_is_the_eager_one(float64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("model", [radon, network])
+@pytest.mark.parametrize(("model", "dtype"), [(radon, torch.float64), (network, torch.float32)], ids=["radon float64", "network float32"])
 @every_learner
 def test_five_compiled_steps_are_the_eager_ones(make, model, dtype):
     torch.set_default_dtype(dtype)
@@ -393,6 +393,18 @@ def test_auto_traces_and_compiles_where_the_steps_to_come_pay_for_it():
     assert not step.compiled  # a traced step takes milliseconds
     auto(e, 10**9)
     assert step.compiled
+
+
+def test_auto_goes_back_where_compiling_did_not_help():
+    auto, e = compiler()
+    auto.backend = lambda module, inputs: lambda *values: (time.sleep(0.1), module(*values))[1]
+    for _ in range(compiling.WARM_UP):
+        auto.eager_took(0.01)
+    compiled = []
+    for _ in range(2 * compiling.CHECKS + 2 * compiling.WARM_UP + 5):
+        assert auto(e, 10**9) is not None
+        compiled.append(next(iter(auto.graphs.values())).compiled)
+    assert any(compiled) and not compiled[-1]
 
 
 def test_a_rare_shape_does_not_pay():
