@@ -43,6 +43,7 @@ Run = Callable[..., Sequence[Any]]
 Backend = Callable[[GraphModule, list[Tensor]], Run]
 
 SHAPES = 8  # graphs kept; the one unused for longest goes first
+MOST_SHAPES = 32  # traced in a run: more of them are no use
 CHECKS = 2  # how many steps of a new graph are held to eager
 WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
 TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
@@ -119,7 +120,7 @@ class StepCompiler:
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
         self.mode, self.backend = mode, backend or inductor
-        self.can_compile = True
+        self.can_compile, self.traced = True, 0
         self.why_eager: str | None = "compile=False" if mode is False else None
         self.graphs: OrderedDict[Any, TracedStep] = OrderedDict()
         self.seen: Counter[Any] = Counter()
@@ -162,6 +163,11 @@ class StepCompiler:
         to_come = remaining * self.seen[key] / self.seen.total()
         if step is None:
             if self.mode == "auto" and not self._pays(self.eager_seconds, to_come, TRACE_SECONDS):
+                return None
+            if self.traced == MOST_SHAPES:
+                self._warn(f"steps had {MOST_SHAPES} different shapes: further ones are not traced; pad all tasks to one number of points")
+            self.traced += 1
+            if self.traced > MOST_SHAPES:
                 return None
             start = time.perf_counter()
             step = self.graphs[key] = self._traced(episode)
@@ -305,7 +311,7 @@ class StepCompiler:
         try:
             for points, role in zip(episode, ("support", "query"), strict=True):
                 points.check_shapes()
-                if 0 in points.mask.shape or not all(_is_small(v) for v in (points.x, points.y)):
+                if not points.num_tasks or not all(_is_small(v) for v in (points.x, points.y)):
                     return False
                 self.learner.model.check_targets(points, role)
         except ValueError:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import Episode, HierarchicalModel, TrainingError, compiling, meta_train
+from bayesmeta import Episode, HierarchicalModel, Points, TrainingError, compiling, meta_train
 from bayesmeta.compiling import StepCompiler, difference, disturbed, gradients_of
 from bayesmeta.learners import ABML, BMAML, MAML, PLATIPUS, BayesianBlackBox, BlackBox, CompletePooling, Ensemble, NoPooling, Reptile
 from bayesmeta.likelihoods import Gaussian
@@ -169,7 +169,28 @@ def test_the_graph_unused_for_longest_makes_room(float64, monkeypatch):
     make = lambda: MAML(radon(), inner_lr=0.02)  # noqa: E731
     sizes = (3, 4, 3, 5, 3, 4)  # at 5 the graph for 4 goes, that for 3 was used since; at the second 4 that for 5 goes
     trained(make, True, Tasks(sizes=sizes), steps=5)  # the first call is for materialising
-    assert [g.graph is not None for g in graphs] == [True] * 4
+    assert len(graphs) == 4
+
+
+def test_shapes_that_never_come_again_are_not_traced_for_ever(float64, monkeypatch):
+    graphs = as_traced(monkeypatch)
+    monkeypatch.setattr(compiling, "MOST_SHAPES", 2)
+    make = lambda: MAML(radon(), inner_lr=0.02)  # noqa: E731
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = trained(make, True, Tasks(sizes=(3, 4, 5, 6, 7)), steps=8)
+    (told,) = caught
+    assert "steps had 2 different shapes" in str(told.message) and len(graphs) == 2
+    assert_same_training(found, trained(make, False, Tasks(sizes=(3, 4, 5, 6, 7)), steps=8))
+
+
+def test_a_set_without_points_is_traced_too(float64, monkeypatch):
+    graphs = as_traced(monkeypatch)
+    support = Tasks().sample(4, generator=torch.Generator().manual_seed(1)).support
+    e = Episode(support, Points(torch.zeros(4, 0, 1), torch.zeros(4, 0), torch.zeros(4, 0, dtype=torch.bool)))
+    make = lambda: BayesianBlackBox(radon(), hidden=8)  # noqa: E731
+    assert_same_training(trained(make, True, e), trained(make, False, e), rtol=1e-12, atol=1e-13)
+    assert len(graphs) == 1
 
 
 # --- giving way
