@@ -29,7 +29,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import one_hot, scaled_dot_product_attention, softplus
+from torch.nn.functional import scaled_dot_product_attention, softplus
 
 from ..episodes import Points
 from ..model import HierarchicalModel
@@ -99,7 +99,8 @@ class PointFeatures(AbstractLazyModule):
         assert points.y is not None
         y = _flat(points.y)
         if self.num_classes:
-            return one_hot(y[..., 0].long().clamp(0, self.num_classes - 1), self.num_classes).to(self._anchor)
+            classes = torch.arange(self.num_classes, device=y.device)  # torch's one_hot looks at values and cannot be traced
+            return (y.long().clamp(0, self.num_classes - 1) == classes).to(self._anchor)
         return y.to(self._anchor).clamp(min=0).log1p() if self.is_count else y.to(self._anchor)
 
 
