@@ -244,7 +244,7 @@ def _fill(value: Tensor, mask: Tensor, default: float) -> Tensor:
     trail = (1,) * (value.dim() - 2)
     has = mask.any(1)
     own = value[torch.arange(tasks, device=mask.device), mask.long().argmax(1)]  # each task's first real point
-    donor = own[has.long().argmax()]  # the first real point of any task
+    donor = own.index_select(0, has.long().argmax()[None])[0]  # the first real point of any task; an index in a tensor can be traced
     donor = torch.where(has.any(), donor, torch.full_like(donor, default))
     own = torch.where(has.view(tasks, *trail), own, donor)
     return torch.where(mask.view(tasks, points, *trail), value, own[:, None])

@@ -55,6 +55,7 @@ class HierarchicalModel(nn.Module):
         self._normal_prior = self._global_factors = False
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
+        self._data_ready = False
         self._target_support: Any = None
         self._num_classes: int | None = None
         self._start: tuple[int, float] | None = None  # another starting point, asked for before the program was read
@@ -100,8 +101,25 @@ class HierarchicalModel(nn.Module):
         ``data``: Points, or an Episode taken as S ∪ Q. Floating-point tensors take the model's dtype.
         """
         points = data.union() if isinstance(data, Episode) else data
+        if self._data_ready:
+            return points
         self.materialise(points)
         return points.to(device=self._anchor.device, dtype=self._anchor.dtype).filled()
+
+    @contextmanager
+    def data_ready(self) -> Iterator[None]:
+        """Inside, data count as checked and prepared and are taken as they are: nothing looks at their values from Python."""
+        before = self._data_ready
+        self._data_ready = True
+        try:
+            yield
+        finally:
+            self._data_ready = before
+
+    @property
+    def takes_data_as_ready(self) -> bool:
+        """Whether this is inside `data_ready`."""
+        return self._data_ready
 
     def check_targets(self, points: Points, role: str = "points") -> None:
         """Raises ValueError naming task and point where a real y is no possible value of the program's likelihood (−1 for a count).
@@ -109,7 +127,7 @@ class HierarchicalModel(nn.Module):
         Bounds that differ from point to point (a binomial's trials) are left to the likelihood itself.
         """
         self.sites  # noqa: B018 - raises before the program is read
-        if points.y is None or self._target_support is None:
+        if points.y is None or self._target_support is None or self._data_ready:
             return
         y = points.y[..., 0] if points.y.dim() == 3 and points.y.shape[-1] == 1 else points.y
         bad = ~self._target_support.check(y)

@@ -19,6 +19,7 @@ price of jumps where two points change places along a direction.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,7 +29,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import one_hot, scaled_dot_product_attention, softplus
+from torch.nn.functional import scaled_dot_product_attention, softplus
 
 from ..episodes import Points
 from ..model import HierarchicalModel
@@ -98,7 +99,8 @@ class PointFeatures(AbstractLazyModule):
         assert points.y is not None
         y = _flat(points.y)
         if self.num_classes:
-            return one_hot(y[..., 0].long().clamp(0, self.num_classes - 1), self.num_classes).to(self._anchor)
+            classes = torch.arange(self.num_classes, device=y.device)  # torch's one_hot looks at values and cannot be traced
+            return (y.long().clamp(0, self.num_classes - 1) == classes).to(self._anchor)
         return y.to(self._anchor).clamp(min=0).log1p() if self.is_count else y.to(self._anchor)
 
 
@@ -461,9 +463,13 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 def projections(values: Tensor, count: int) -> Tensor:
     """``values (T, N, V)`` along ``count`` fixed directions, every second the one before reversed, ``(T, N, count)``."""
-    directions = torch.randn(values.shape[-1], (count + 1) // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    both = torch.stack([directions, -directions], -1).flatten(1)[:, :count]
-    return values @ both.to(values)
+    return values @ _directions(values.shape[-1], count).to(values)
+
+
+@functools.cache  # a constant: a traced step would draw from a generator of its own again at every call
+def _directions(size: int, count: int) -> Tensor:
+    half = torch.randn(size, (count + 1) // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.stack([half, -half], -1).flatten(1)[:, :count]
 
 
 def random_part(points: Points, values: Tensor, share: Tensor) -> Tensor:

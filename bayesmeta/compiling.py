@@ -1,0 +1,433 @@
+"""A training step traced once through Pyro into a graph of tensor operations, and compiled: the same numbers without the effect handlers.
+
+    eager      Python, Pyro and autograd at every step
+    traced     the operations of one eager step written down (`make_fx`) and done again: the same kernels in the same order, the same bits
+    compiled   the traced graph through TorchInductor: the same arithmetic, fused; equal to rounding
+
+What the graph takes as inputs is followed: every parameter and buffer of the learner, the episode's tensors, and the step's noise, which is
+drawn outside from the caller's generator in the order in which eager draws it, so that the random stream is eager's own. What Python
+decides while the step is traced is settled for good: a learner's own settings (``kl_weight``) must not change during a run. New shapes
+are traced again. Values that Python looks at (``if``, ``float``) cannot be traced: such a step stays eager, one RuntimeWarning says why.
+
+Every new graph is held to eager: on the data it was traced on, on a disturbed copy of them (other order, other padding), and on the next
+step's, in loss, gradients and the state of the generator. So what Python took from the data behind the graph's back shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import stateless
+
+from .episodes import LARGEST_TARGET, Episode, Points
+from .learners.base import AbstractMetaLearner, checked_choice
+from .randomness import rng
+
+log = logging.getLogger(__name__)
+
+Losses = Callable[[Episode], tuple[Tensor, Tensor]]
+Run = Callable[..., Sequence[Any]]
+Backend = Callable[[GraphModule, list[Tensor]], Run]
+
+SHAPES = 8  # graphs kept; the one unused for longest goes first
+MOST_SHAPES = 32  # traced in a run: more of them are no use
+CHECKS = 2  # how many steps of a new graph are held to eager
+WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
+TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
+COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 5.0, 0.02  # what compiling was measured to take: 12–19 s at 500–700 nodes, 32 s at 1,550
+CLEARLY = 2.0  # how many times its cost a faster step must save before "auto" takes the trouble
+SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
+
+
+class Gradients(NamedTuple):
+    """A step's losses ``(T,)``, their mean with θ's share ``()``, and its gradient for each trained parameter (None: not reached)."""
+
+    losses: Tensor
+    loss: Tensor
+    gradients: list[Tensor | None]
+
+
+def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
+    """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do."""
+    with warnings.catch_warnings():  # the compiler's remarks on itself
+        warnings.simplefilter("ignore")
+        run: Any = torch._inductor.compile(module, [*inputs], options={"fallback_random": True})
+        return run
+
+
+def gradients_of(losses: Losses, parameters: Sequence[Tensor], total: int, episode: Episode) -> Gradients:
+    """Eager: mean of the tasks' losses + θ's own / ``total``, and its gradient."""
+    with torch.enable_grad():
+        values, rest = losses(episode)
+        loss = values.mean() + rest / total
+        gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    return Gradients(values.detach(), loss.detach(), [None if g is None else g.detach() for g in gradients])
+
+
+@dataclass
+class TracedStep:
+    """A step as a graph: ``module`` takes the learner's tensors, the episode's, and the noise; ``noise`` draws that.
+
+    ``random``: whether it draws at all. ``reached``: which trained parameters have a gradient. ``evaluations``: what a step adds to the
+    model's count of gradients. ``run``: ``module``, or what the compiler made of it. ``seconds``: of the last steps.
+    """
+
+    module: GraphModule
+    noise: GraphModule | None
+    random: bool
+    reached: list[bool]
+    evaluations: float
+    run: Run
+    compiled: bool = False
+    unchecked: int = CHECKS
+    before: float = math.inf  # seconds a step took before it was compiled
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    @property
+    def size(self) -> int:
+        """How many operations the graph has."""
+        return len(self.module.graph.nodes)
+
+
+class StepCompiler:
+    """Takes training steps for a learner, faster than eager where it can and where it pays.
+
+    ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of
+    all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
+    where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph.
+
+    Raises ValueError for another ``mode``.
+    """
+
+    def __init__(
+        self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], losses: Losses, total: int, generator: torch.Generator,
+        *, mode: bool | str = "auto", backend: Backend | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(mode, bool):
+            checked_choice("compile", mode, ("auto",))
+        self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
+        self.mode, self.backend = mode, backend or inductor
+        self.can_compile, self.traced = True, 0
+        self.why_eager: str | None = "compile=False" if mode is False else None
+        self.graphs: OrderedDict[Any, TracedStep] = OrderedDict()
+        self.seen: Counter[Any] = Counter()
+        self.eager_seconds: deque[float] = deque(maxlen=20)
+        tensors = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
+        self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
+        trained = {id(p) for p in self.parameters}
+        self._trained = [id(v) in trained for v in tensors.values()]
+        self._fine: tuple[tuple[Tensor, int], ...] = ()
+        elsewhere = {v.device.type for v in self._state} - {"cpu"}
+        if self.why_eager is None and elsewhere:
+            self.why_eager = f"steps are compiled on the CPU alone so far, and the model is on {', '.join(sorted(elsewhere))}"
+            log.info("%s: %s", type(learner).__name__, self.why_eager)
+            if mode is True:
+                self._warn(self.why_eager)
+
+    def __call__(self, episode: Episode, remaining: int) -> Gradients | None:
+        """The step's losses and gradients; None where the step is eager's to take. ``remaining``: steps to come, this one included."""
+        if self.why_eager is not None or not self._is_fine(episode):
+            return None
+        key = tuple((v.shape, v.dtype, v.device) for v in _tensors(episode))
+        self.seen[key] += 1
+        before = self.generator.get_state()
+        try:
+            step = self._step(key, episode, remaining)
+            found = None if step is None else self._taken(step, episode, before)
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError) as error:
+            self._give_up(f"{type(error).__name__}: {_first_lines(error)}")
+            found = None
+        if found is None:
+            self.generator.set_state(before)
+        return found
+
+    def eager_took(self, seconds: float) -> None:
+        """Says how long loss and gradient of an eager step took; the first ones of a run, which warm up, are not counted."""
+        self.eager_seconds.append(seconds)
+
+    def _step(self, key: Any, episode: Episode, remaining: int) -> TracedStep | None:
+        step = self.graphs.get(key)
+        to_come = remaining * self.seen[key] / self.seen.total()
+        if step is None:
+            if self.mode == "auto" and not self._pays(self.eager_seconds, to_come, TRACE_SECONDS):
+                return None
+            if self.traced == MOST_SHAPES:
+                self._warn(f"steps had {MOST_SHAPES} different shapes: further ones are not traced; pad all tasks to one number of points")
+            self.traced += 1
+            if self.traced > MOST_SHAPES:
+                return None
+            start = time.perf_counter()
+            step = self.graphs[key] = self._traced(episode)
+            self._check_disturbed(step, disturbed(episode))
+            if self.why_eager is not None:
+                return None
+            log.info(
+                "%s: traced a step of %d tasks in %.1f s, %d operations",
+                type(self.learner).__name__, episode.num_tasks, time.perf_counter() - start, step.size,
+            )  # fmt: skip
+            if len(self.graphs) > SHAPES:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(key)
+        cost = COMPILE_SECONDS + COMPILE_SECONDS_A_NODE * step.size
+        worth = self.mode is True or (not step.unchecked and self._pays(step.seconds, to_come, cost))
+        if not step.compiled and self.can_compile and worth:
+            self._compile(step, episode)
+        return step
+
+    def _compile(self, step: TracedStep, episode: Episode) -> None:
+        start, before = time.perf_counter(), self.generator.get_state()
+        try:
+            with torch.no_grad():
+                step.run = self.backend(step.module, self._inputs(step, episode))
+        except Exception as error:  # whatever a compiler may raise: none installed, an operation it does not know
+            self.can_compile = False
+            self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {_first_lines(error)}")
+            return
+        finally:
+            self.generator.set_state(before)
+        step.compiled, step.unchecked = True, CHECKS
+        step.before = statistics.median(step.seconds) if step.seconds else math.inf
+        step.seconds.clear()
+        log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
+
+    def _pays(self, seconds: deque[float], to_come: float, cost: float) -> bool:
+        return len(seconds) >= WARM_UP and to_come * SAVED * statistics.median(seconds) > CLEARLY * cost
+
+    def _taken(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
+        start = time.perf_counter()
+        found = self._run(step, episode, before)
+        if not step.unchecked:
+            step.seconds.append(time.perf_counter() - start)
+            if self.mode == "auto" and step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
+                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
+                step.run, step.compiled, self.can_compile = step.module, False, False
+        elif math.isfinite(found.loss.item()):
+            step.unchecked -= 1
+            self._check(step, found, episode, before)
+        self.learner.model.gradient_evaluations += step.evaluations
+        return found if self.why_eager is None else None
+
+    def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients:
+        self.generator.set_state(before)
+        with torch.no_grad(), rng(self.generator) if step.random else nullcontext():
+            losses, loss, *gradients = step.run(*self._inputs(step, episode))
+        rest = iter(gradients)
+        return Gradients(losses, loss, [next(rest) if reached else None for reached in step.reached])
+
+    # --- held to eager
+
+    def _check(self, step: TracedStep, found: Gradients, episode: Episode, before: Tensor) -> None:
+        """Holds ``found`` to eager; gives up where they differ."""
+        after, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
+        self.generator.set_state(before)
+        wanted = gradients_of(self.losses, self.parameters, self.total, episode)
+        self.learner.model.gradient_evaluations = evaluations
+        how = "compiled" if step.compiled else "traced"
+        if not torch.equal(after, self.generator.get_state()):
+            self._give_up(f"the {how} step draws other random numbers than the eager one")
+        elif (gap := difference(found, wanted)) > tolerance(found.loss.dtype):
+            self._give_up(f"loss or gradients of the {how} step differ from the eager one's by {gap:.1e} of their size")
+
+    def _check_disturbed(self, step: TracedStep, episode: Episode) -> None:
+        before, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
+        try:
+            fine = math.isfinite(gradients_of(self.losses, self.parameters, self.total, episode).loss.item())
+        except ValueError:  # no data for this learner: a class without a point, say
+            fine = False
+        if fine:
+            self._check(step, self._run(step, episode, before), episode, before)
+        self.generator.set_state(before)
+        self.learner.model.gradient_evaluations = evaluations
+
+    def _give_up(self, why: str) -> None:
+        self.why_eager = why
+        self.graphs.clear()
+        self._warn(f"training goes on step by step through Python, with the same results: {why}")
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{type(self.learner).__name__}: compile={self.mode!r}: {what}", RuntimeWarning, stacklevel=2)
+
+    # --- the graph
+
+    def _inputs(self, step: TracedStep, episode: Episode) -> list[Tensor]:
+        noise = () if step.noise is None else step.noise()
+        return [*self._state, *_tensors(episode), *noise]
+
+    def _traced(self, episode: Episode) -> TracedStep:
+        """Traces one step on ``episode``. Raises what tracing raises; the generator is then as it was, or further."""
+        model = self.learner.model
+        reached: list[bool] = []
+
+        def losses(ready: Episode) -> tuple[Tensor, Tensor]:
+            with model.data_ready():
+                return self.losses(ready)
+
+        def step(*inputs: Tensor) -> list[Tensor]:
+            state, (x, y, mask, qx, qy, qmask) = inputs[: len(self._state)], inputs[len(self._state) :]
+            values = [v.detach().requires_grad_() if t else v for v, t in zip(state, self._trained, strict=True)]
+            named = dict(zip(self._names, values, strict=True))
+            by_id = {id(p): named[n] for n, p in self.learner.named_parameters()}
+            with stateless._reparametrize_module(self.learner, named, tie_weights=True):
+                # prepared once, in the graph: the program's runs then take the data as they are
+                ready = Episode(model.prepare(Points(x, y, mask)), model.prepare(Points(qx, qy, qmask)))
+                found = gradients_of(losses, [by_id[id(p)] for p in self.parameters], self.total, ready)
+            reached[:] = [g is not None for g in found.gradients]
+            return [found.losses, found.loss, *(g for g in found.gradients if g is not None)]
+
+        before, evaluations = self.generator.get_state(), model.gradient_evaluations
+        module = make_fx(step)(*self._state, *_tensors(episode))
+        self.generator.set_state(before)
+        evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
+        if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
+            raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
+        if any(_has_dynamic_shape(node) for node in module.graph.nodes):
+            raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
+        random = any(_is_random(node) for node in module.graph.nodes)
+        noise = draw_noise_outside(module)
+        return TracedStep(module, noise, random, reached, evaluations, module)
+
+    # --- the data
+
+    def _is_fine(self, episode: Episode) -> bool:
+        """Whether no check of the data can fail, seen without looking at each point; what may not be fine eager looks at, and explains."""
+        if episode.support.y is None or episode.query.y is None or episode.support.num_tasks != episode.query.num_tasks:
+            return False
+        now = tuple((v, v._version) for v in _tensors(episode))
+        if len(now) == len(self._fine) and all(a is b and m == n for (a, m), (b, n) in zip(now, self._fine, strict=True)):
+            return True
+        try:
+            for points, role in zip(episode, ("support", "query"), strict=True):
+                points.check_shapes()
+                if not points.num_tasks or not all(_is_small(v) for v in (points.x, points.y)):
+                    return False
+                self.learner.model.check_targets(points, role)
+        except ValueError:
+            return False
+        self._fine = now
+        return True
+
+
+def disturbed(episode: Episode) -> Episode:
+    """The same tasks and points in another order, and of every second task one point fewer, where it has several."""
+
+    def other(points: Points) -> Points:
+        x, y, mask = (None if v is None else v.roll(1, 0).flip(1) for v in points)
+        assert x is not None and mask is not None
+        several = (mask.sum(1) > 1) & (torch.arange(len(mask), device=mask.device) % 2 == 0)
+        return Points(x, y, mask & ~(several[:, None] & (mask.cumsum(1) == 1)))
+
+    return Episode(other(episode.support), other(episode.query))
+
+
+def difference(found: Gradients, wanted: Gradients) -> float:
+    """The largest gap between two steps' losses or gradients, as a share of the size of the tensor it is in, at least 1% of the largest."""
+    pairs = [(found.losses, wanted.losses), (found.loss, wanted.loss)]
+    gradients = list(zip(found.gradients, wanted.gradients, strict=True))
+    if any((a is None) != (b is None) for a, b in gradients):
+        return math.inf
+    here = [(a, b) for a, b in gradients if a is not None and b is not None]
+    floor = 0.01 * max((b.abs().max().item() for _, b in here if b.numel()), default=0.0)
+    gaps = [_gap(a, b, 0.0) for a, b in pairs] + [_gap(a, b, floor) for a, b in here if b.numel()]
+    return max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far a compiled step may be from eager: half of the digits of ``dtype``."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def draw_noise_outside(module: GraphModule) -> GraphModule | None:
+    """Takes the random operations out of a graph and makes their results further inputs, in order; returns what draws them, or None.
+
+    Only those whose arguments hang on no input, and only up to the first of which that is not so (a draw from a Gamma): the order in
+    which numbers are taken from the stream stays eager's.
+    """
+    graph, drawn, free = module.graph, Graph(), set[Node]()
+    outside: dict[Node, Node] = {}
+    found: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and all(n in free for n in node.all_input_nodes):
+            free.add(node)
+        if _is_random(node):
+            # one that fills a tensor in place is its own only where nothing else looks at that tensor
+            if node not in free or any(len(n.users) > 1 for n in node.all_input_nodes):
+                break
+            found.append(node)
+    if not found:
+        return None
+    needed, todo = set[Node](), list(found)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.all_input_nodes
+    for node in graph.nodes:
+        if node in needed:
+            outside[node] = drawn.node_copy(node, lambda n: outside[n])
+    drawn.output(tuple(outside[node] for node in found))
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for i, node in enumerate(found):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"noise_{i}")
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return GraphModule(module, drawn)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _has_dynamic_shape(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target != torch.ops.aten.index.Tensor:
+        return True
+    return any(_dtype(index) in (torch.bool, torch.uint8) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return getattr(value, "dtype", None)
+
+
+def _tensors(episode: Episode) -> list[Tensor]:
+    return [v for points in episode for v in points if v is not None]
+
+
+def _is_small(value: Tensor | None) -> bool:
+    if value is None or not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value)  # both NaN where one is
+    return low.item() >= -LARGEST_TARGET and high.item() <= LARGEST_TARGET
+
+
+def _gap(found: Tensor, wanted: Tensor, floor: float) -> float:
+    if found.shape != wanted.shape:
+        return math.inf
+    size = max(wanted.abs().max().item(), floor)
+    gap = (found - wanted).abs().max().item()
+    return gap / size if size else math.inf * gap if gap else 0.0
+
+
+def _first_lines(error: Exception) -> str:
+    text = str(error).strip()
+    if "value out of a tracing tensor" in text:
+        return "a value is looked at from Python (if, float, item), which a graph cannot follow"
+    return " ".join(text.split())[:300]
