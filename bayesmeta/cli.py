@@ -12,7 +12,6 @@ from . import __version__
 from .comparison import compare, is_csv
 from .learners.base import checked_choice
 from .recipes import FAMILIES
-from .survey import ModelError
 from .tasks import Panel
 from .training import TrainingError
 
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _compare(options)
-    except (ValueError, TrainingError, OSError, ModelError, RuntimeError) as error:
+    except (ValueError, TrainingError, OSError) as error:
         print(f"bayesmeta: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

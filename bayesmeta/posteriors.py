@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .model import HierarchicalModel
 
 DEFAULT_DRAWS = 100
+NO_PHI = "this learner goes from support set to prediction directly: it has no φ of fixed size; use predict"
 
 
 class Particles(dist.TorchDistribution):
@@ -174,25 +175,35 @@ class TaskPosterior:
 class MixturePosterior:
     """An equal mixture of posteriors that differ in θ: the members of an ensemble, or one learner under several draws of θ.
 
-    ``components``: K `TaskPosterior` of the same tasks. It predicts with each component's own model and θ; what its components
-    disagree about counts as uncertainty about θ.
+    ``components``: K `TaskPosterior`, or K `FunctionPosterior`, of the same tasks. It predicts with each component's own model and θ; what
+    its components disagree about counts as uncertainty about θ. Raises ValueError for no components or for both kinds.
     """
 
-    has_phi: ClassVar[bool] = True
     is_point: ClassVar[bool] = False
+    model: HierarchicalModel
+    has_phi: bool
+    diagnostics: dict[str, float | str]
 
-    def __init__(self, components: Sequence[TaskPosterior]) -> None:
+    def __init__(self, components: Sequence[Posterior]) -> None:
         if not components:
             raise ValueError("a mixture needs at least one component, got none")
+        if len({c.has_phi for c in components}) > 1:
+            raise ValueError("a mixture needs components that all have a φ, or none of which has one")
         self.components = tuple(components)
-        self.model = components[0].model
-        self.distribution = Mixture([c.distribution for c in components])
+        self.model, self.has_phi = components[0].model, components[0].has_phi
         self.diagnostics = {k: v for c in reversed(components) for k, v in c.diagnostics.items()}
 
     @property
     def num_tasks(self) -> int:
         """``T``."""
         return self.components[0].num_tasks
+
+    @property
+    def distribution(self) -> Mixture:
+        """The mixture over φ, batch ``(T,)``, event ``(D,)``. Raises NotImplementedError where the components have no φ."""
+        if not self.has_phi:
+            raise NotImplementedError(NO_PHI)
+        return Mixture([c.distribution for c in self.components if not isinstance(c, FunctionPosterior)])
 
     @property
     def mean(self) -> Tensor:
@@ -275,7 +286,7 @@ class FunctionPosterior:
 
     def draws(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Raises NotImplementedError."""
-        raise NotImplementedError("this learner goes from support set to prediction directly: it has no φ of fixed size; use predict")
+        raise NotImplementedError(NO_PHI)
 
     def sites(self, n: int | None = None, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Raises NotImplementedError."""

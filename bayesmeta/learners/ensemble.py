@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..episodes import Episode, Points
 from ..model import HierarchicalModel
-from ..posteriors import MixturePosterior, TaskPosterior
+from ..posteriors import MixturePosterior
 from ..randomness import rng
 from .base import AbstractMetaLearner, checked_steps
 
@@ -47,10 +47,7 @@ class Ensemble(AbstractMetaLearner):
         """The mixture of the members' posteriors."""
         self.materialise(support)
         with rng(generator):
-            parts = [member.adapt(support) for member in self.members]
-        if not all(isinstance(part, TaskPosterior) for part in parts):
-            raise NotImplementedError("an ensemble mixes distributions over φ, and its members go from support set to prediction directly")
-        return MixturePosterior(parts)  # type: ignore[arg-type]
+            return MixturePosterior([member.adapt(support) for member in self.members])
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """The mean of the members' losses, ``(T,)``."""

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import HierarchicalModel, MixturePosterior, evaluate, meta_train
-from bayesmeta.learners import ABML, MAML, Ensemble
+from bayesmeta import FunctionPosterior, HierarchicalModel, MixturePosterior, evaluate, meta_train
+from bayesmeta.learners import ABML, MAML, BlackBox, Ensemble
 from bayesmeta.likelihoods import Gaussian
-from bayesmeta.networks import WeightNetwork
+from bayesmeta.networks import HeadNetwork, WeightNetwork
 from bayesmeta.tasks import Sinusoid
 
 from ..conftest import episode, radon_program
@@ -96,6 +96,29 @@ def test_ensembles_of_posteriors_are_scored(float64):
     (result,) = evaluate({"E": learner}, episode(), num_draws=20).results.values()
     assert all(v == v for v in result.metrics["nll"])
     assert learner.adapt(episode().support).draws(7).shape == (7, 4, 2)
+
+
+def test_members_without_phi_predict_together_and_draw_nothing(float64):
+    """Prediction needs no φ: the mixture of functions of the support set is one too."""
+    torch.manual_seed(1)
+    model = HierarchicalModel.from_network(HeadNetwork(nn.Linear(1, 3), 3, 1), Gaussian(0.5)).double()
+    learner = Ensemble(model, lambda one: BlackBox(one, hidden=8, predictive_head=True), size=3)
+    e = episode()
+    posterior, query = learner.adapt(e.support), e.query.filled()
+    each = torch.stack([member.adapt(e.support).predict(query.x).log_prob(query.y) for member in learner.members])
+    torch.testing.assert_close(posterior.predict(query.x).log_prob(query.y), each.logsumexp(0) - math.log(3), rtol=0, atol=1e-12)
+    assert not posterior.has_phi
+    for asked in (posterior.draws, posterior.sites, lambda: posterior.mean):
+        with pytest.raises(NotImplementedError, match="no φ of fixed size"):
+            asked()
+    assert set(evaluate({"E": learner}, e).results) == {"E"}
+
+
+def test_a_mixture_is_of_one_kind():
+    with_phi = MAML(HierarchicalModel(radon_program)).adapt(episode().support)
+    without = FunctionPosterior(with_phi.model, lambda support, x: None, episode().support)
+    with pytest.raises(ValueError, match="all have a φ, or none"):
+        MixturePosterior([with_phi, without])
 
 
 def test_a_size_that_makes_no_sense_is_refused():
