@@ -6,7 +6,8 @@
 W1: sinusoid MAML, MLP 1-40-40-1, 25 tasks, 10 + 10 points, second order, 1 and 5 inner steps. W5: a hierarchical regression as a Pyro
 program (a level and a slope for each county), 85 tasks of 8 + 8 points, MAML with 5 steps; the loop is hand-written, without Pyro. Each
 step is loss, gradient and an Adam step of θ, as in `bayesmeta.meta_train`. "traced" is the graph without the compiler. Medians of
-interleaved repeats; the time to trace and compile is given apart (with the compiler's disk cache as it is). All contenders' first losses are compared.
+interleaved repeats; the time to trace and compile is given apart (with the compiler's disk cache as it is). All contenders' first losses
+are compared.
 """
 
 import argparse
