@@ -121,7 +121,7 @@ class StepCompiler:
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
         self.mode, self.backend = mode, backend or inductor
         self.can_compile, self.traced = True, 0
-        self.why_eager: str | None = "compile=False" if mode is False else None
+        self.why_eager = "compile=False" if mode is False else learner.why_eager
         self.graphs: OrderedDict[Any, TracedStep] = OrderedDict()
         self.seen: Counter[Any] = Counter()
         self.eager_seconds: deque[float] = deque(maxlen=20)
@@ -133,6 +133,7 @@ class StepCompiler:
         elsewhere = {v.device.type for v in self._state} - {"cpu"}
         if self.why_eager is None and elsewhere:
             self.why_eager = f"steps are compiled on the CPU alone so far, and the model is on {', '.join(sorted(elsewhere))}"
+        if self.why_eager is not None and mode is not False:
             log.info("%s: %s", type(learner).__name__, self.why_eager)
             if mode is True:
                 self._warn(self.why_eager)

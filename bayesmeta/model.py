@@ -411,7 +411,9 @@ class HierarchicalModel(nn.Module):
         """
         points = self.prepare(points)
         mean, sd = self.prior_moments(points)
-        return dist.Normal(mean, sd).to_event(1) if self._normal_prior else ProgramPrior(self, points, mean, sd)
+        if not self._normal_prior:
+            return ProgramPrior(self, points, mean, sd)
+        return dist.Normal(mean, sd, validate_args=False if self._data_ready else None).to_event(1)
 
     def prior_moments(self, points: Points | Episode) -> tuple[Tensor, Tensor]:
         """Mean and sd of p(φ | θ) in packed space, each ``(T, D)``, differentiable in θ.

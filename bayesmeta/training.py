@@ -75,7 +75,7 @@ def meta_train(
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None, clip: float | None = None, num_tasks: int | None = None,
     validation: TaskFamily | Episode | None = None, validate_every: int = 100, patience: int | None = None, validation_tasks: int = 100,
     bad_tasks: str = "raise", checkpoint: str | os.PathLike[str] | None = None, checkpoint_every: int = 500, resume: bool = False,
-    device: str | torch.device | None = None, progress: bool | None = None, compile: bool | str = False,
+    device: str | torch.device | None = None, progress: bool | None = None, compile: bool | str = "auto",
 ) -> History:
     """Minimises mean over tasks of ``meta_loss`` + ``global_loss()`` / number of training tasks, over ``trained_parameters()``.
 
@@ -93,9 +93,10 @@ def meta_train(
     ``checkpoint``: a file, written whole every ``checkpoint_every`` steps and at the end; ``resume=True`` goes on from it where it
     exists, bit for bit as if never interrupted. ``progress``: a bar with loss and rate (default: on a terminal only).
 
-    ``compile``: False (default) never compiles the step, True does at once (see `bayesmeta.compiling`); "auto" does where the steps to
-    come save clearly more time than compiling takes (10–40 s), so that short runs never wait. A compiled step equals the eager one to
-    rounding, not to the bit; what cannot be compiled is trained eagerly, and a RuntimeWarning says why.
+    ``compile``: "auto" (default) compiles the step (see `bayesmeta.compiling`) where the steps to come save clearly more time than that
+    takes (10–40 s), so that short runs never wait; True does so at once, False never. A compiled step equals the eager one to rounding,
+    not to the bit: only compile=False gives the same bits whatever the load. What cannot be compiled is trained eagerly, with a
+    RuntimeWarning that says why.
 
     Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
     for arguments that make no sense.

@@ -13,7 +13,7 @@ from torch import nn
 
 from bayesmeta import Episode, HierarchicalModel, Points, TrainingError, compiling, meta_train
 from bayesmeta.compiling import StepCompiler, difference, disturbed, gradients_of
-from bayesmeta.learners import ABML, BMAML, MAML, PLATIPUS, BayesianBlackBox, BlackBox, CompletePooling, Ensemble, NoPooling, Reptile
+from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, CompletePooling, Ensemble, NoPooling, Reptile
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import NormalPrior, WeightNetwork
 
@@ -37,6 +37,7 @@ LEARNERS = {
     "ABML": lambda m: ABML(m, inner_steps=2, inner_lr=0.01),
     "BMAML": lambda m: BMAML(m, inner_steps=2, num_particles=4, inner_lr=1e-3),
     "BMAML predictive": lambda m: BMAML(m, inner_steps=2, num_particles=4, inner_lr=1e-3, objective="predictive"),
+    "LLAMA": lambda m: LLAMA(m, inner_steps=2, inner_lr=0.02, objective="evidence"),
     "PLATIPUS": lambda m: PLATIPUS(m, inner_steps=2),
     "Reptile": lambda m: Reptile(m, inner_steps=2),
     "BayesianBlackBox": lambda m: BayesianBlackBox(m, hidden=8),
@@ -224,7 +225,7 @@ CANNOT = {
     "data-dependent control flow": (lambda: MAML(HierarchicalModel(looks_at_values)), "a value is looked at from Python"),
     "numbers taken out": (lambda: MAML(HierarchicalModel(looks_behind_the_graph)), "of the traced step differ from the eager"),
     "a generator of its own": (lambda: MAML(HierarchicalModel(draws_its_own)), "generator of its own"),
-    "Newton's method": (lambda: NoPooling(radon()), "a value is looked at from Python"),
+    "Newton's method": (lambda: NoPooling(radon()), "as many steps as the values ask for"),
 }
 
 

@@ -22,6 +22,7 @@ class AbstractAdapter(nn.Module, ABC):
 
     model: HierarchicalModel
     members: Sequence[AbstractMetaLearner]
+    why_eager: str | None = None  # why no step of it can be written down as a graph of operations, where that is so
 
     def __init__(self, model: HierarchicalModel) -> None:
         super().__init__()

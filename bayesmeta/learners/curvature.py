@@ -13,7 +13,7 @@ scores ("empirical Fisher") are neither.
 | "full" | all of it | D |
 | "diagonal" | its diagonal | D |
 | "kronecker" | for each linear layer 1/N Σ_j G_j ⊗ Σ_j a_j a_jᵀ (Martens & Grosse 2015): a_j its inputs and 1 for a bias, G_j the curvature in its outputs | layer outputs |
-| "last_layer" | the last layer's block; the entries before it have none | entries of that layer |
+| "last_layer" | the last layer's block, Σ_j G_j ⊗ a_j a_jᵀ where it is linear; the entries before it have none | layer outputs, or entries |
 """  # noqa: E501 - a table
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributions import constraints
 from torch.func import functional_call, vmap
 from torch.nn.functional import pad
@@ -79,11 +79,12 @@ def likelihood_curvature(
         return [Block(every, second(bend, phi, every, create_graph=create_graph))]
     if kind == "diagonal":
         return [Block(every, second_diagonal(bend, phi, create_graph=create_graph))]
+    by_layer = ByLayer(model, phi, points, exact=hessian == "exact", create_graph=create_graph)
     if kind == "kronecker":
-        return _kronecker(model, phi, points, exact=hessian == "exact", create_graph=create_graph)
-    last = last_layer(model.network)
+        return [Block(layer.where, by_layer.kronecker(layer, k)) for k, layer in enumerate(linear_layers(model.network))]
+    last, layer = last_layer(model.network), last_linear_layer(model.network)
     rest = [Block(slice(0, last.start), torch.zeros_like(phi[:, : last.start]), curved=False)] if last.start else []
-    return [*rest, Block(last, second(bend, phi, last, create_graph=create_graph))]
+    return [*rest, Block(last, by_layer.whole(layer, -1) if layer else second(bend, phi, last, create_graph=create_graph))]
 
 
 def prior_precision(model: HierarchicalModel, phi: Tensor, points: Points, *, create_graph: bool = False) -> Tensor:
@@ -234,112 +235,166 @@ def last_layer(network: AbstractNetwork | None) -> slice:
     return slice(network.dim - sum(size for owner, size in owners if owner == owners[-1][0]), network.dim)
 
 
-def _kronecker(model: HierarchicalModel, phi: Tensor, points: Points, *, exact: bool, create_graph: bool) -> list[Block]:
-    layers, program = linear_layers(model.network), model.program
-    assert isinstance(program, NetworkProgram) and points.y is not None
-    x, given = (points.x[..., :-1], [points.x[..., -1]]) if getattr(program.likelihood, "exposure", False) else (points.x, [])
-    y = points.y[..., 0] if points.y.dim() == 3 and points.y.shape[-1] == 1 else points.y
+def last_linear_layer(network: AbstractNetwork | None) -> Layer | None:
+    """The layer that `last_layer` speaks of, where it is a linear one; else None."""
+    if isinstance(network, HeadNetwork):
+        return linear_layers(network)[0]
+    assert isinstance(network, WeightNetwork)
+    *_, part = (part for part in network.module.modules() if list(part.parameters(recurse=False)))
+    last = last_layer(network)
+    if type(part) is not nn.Linear or sum(p.numel() for p in part.parameters()) != last.stop - last.start:
+        return None
+    return Layer(last, part.out_features, part.in_features, part.bias is not None)
 
-    def target(shifts: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        output, inputs = _run(program.network, phi, x, shifts)
+
+class ByLayer:
+    """Curvature of single linear layers at ``phi (T, D)``, through the curvature G_j in each point's outputs of the layer."""
+
+    def __init__(self, model: HierarchicalModel, phi: Tensor, points: Points, *, exact: bool, create_graph: bool) -> None:
+        self.model, self.phi, self.points, self.exact, self.create_graph = model, phi, points, exact, create_graph
+
+    def whole(self, layer: Layer, k: int) -> Tensor:
+        """Σ_j G_j ⊗ a_j a_jᵀ of the ``k``-th linear layer, ``(T, d, d)``: its block of H where nothing before it moves."""
+        g, a = self._parts(layer, k)
+        return _weights_first(torch.einsum("tnoq,tni,tnp->toiqp", g, a, a), layer)
+
+    def kronecker(self, layer: Layer, k: int) -> Tensor:
+        """1/N Σ_j G_j ⊗ Σ_j a_j a_jᵀ, ``(T, d, d)``."""
+        g, a = self._parts(layer, k)
+        return _weights_first(torch.einsum("toq,tip->toiqp", g.sum(1), a.mT @ a) / counts(self.points).view(-1, 1, 1, 1, 1), layer)
+
+    def _parts(self, layer: Layer, k: int) -> tuple[Tensor, Tensor]:
+        """G_j ``(T, N, outputs, outputs)`` and a_j ``(T, N, inputs)``, 1 for a bias behind them, of real points; 0 of the others."""
+        points, shape, y = self.points, (*self.points.mask.shape, layer.outputs), self.points.y
+        assert y is not None
+        y = y[..., 0] if y.dim() == 3 and y.shape[-1] == 1 else y
+
+        def bend(shift: Tensor) -> Tensor:
+            fn = self._target(shift.view(shape), k)[0]
+            value = -fn.log_prob(y) if self.exact else point_divergence(peel(here)[0], peel(fn)[0])
+            value = value.flatten(2).sum(-1) if value.dim() > 2 else value
+            return torch.where(points.mask, value, 0.0).flatten()
+
+        still = self.phi.new_zeros(shape)
+        with pyro.validation_enabled(False):  # a task that has diverged is NaN of its own, as in the model
+            here, a = self._target(still, k)
+            g = derivatives(bend, still.flatten(0, 1), create_graph=self.create_graph)[2]
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if layer.bias else a
+        return g.view(*shape, layer.outputs), torch.where(points.mask[..., None], a, 0.0)
+
+    def _target(self, shift: Tensor, k: int) -> tuple[Any, Tensor]:
+        """The distribution of y with ``shift (T, N, outputs)`` added to the layer's outputs, and the layer's inputs."""
+        program = self.model.program
+        assert isinstance(program, NetworkProgram)
+        x, given = self.points.x, ()
+        if getattr(program.likelihood, "exposure", False):
+            x, given = x[..., :-1], (x[..., -1],)  # type: ignore[assignment]
+        output, inputs = _run(program.network, self.phi, x, shift, k)
         return program.likelihood(output, *given), inputs
 
-    def bend(shift: Tensor, k: int) -> Tensor:
-        fn = target([shift if i == k else zero for i, zero in enumerate(still)])[0]
-        if exact:
-            value = -fn.log_prob(y)
-        else:
-            value = point_divergence(peel(here)[0], peel(fn)[0])
-            value = value.flatten(2).sum(-1) if value.dim() > 2 else value
-        return torch.where(points.mask, value, 0.0).sum(-1)
 
-    still = [phi.new_zeros(len(phi), layer.outputs) for layer in layers]
-    here, inputs = target(still)
-    blocks = []
-    for k, (layer, a) in enumerate(zip(layers, inputs, strict=True)):
-        # a shift that all points of a task share: its Hessian is the sum of theirs, Σ_j G_j
-        g = derivatives(lambda shift, k=k: bend(shift, k), still[k], create_graph=create_graph)[2]  # type: ignore[misc]
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if layer.bias else a
-        a = torch.where(points.mask[..., None], a, 0.0)
-        block = torch.einsum("toq,tip->toiqp", g, a.mT @ a) / counts(points).view(-1, 1, 1, 1, 1)
-        order = torch.arange(layer.outputs * a.shape[-1], device=phi.device).view(layer.outputs, -1)
-        order = torch.cat([order[:, : layer.inputs].flatten(), order[:, layer.inputs :].flatten()])
-        blocks.append(Block(layer.where, block.flatten(3, 4).flatten(1, 2)[:, order[:, None], order]))
-    return blocks
+def _weights_first(block: Tensor, layer: Layer) -> Tensor:
+    """``(T, outputs, inputs, outputs, inputs)``, the bias an input, as ``(T, d, d)`` in φ's order: the biases behind the weights."""
+    outputs, inputs = block.shape[1:3]
+    order = torch.arange(outputs * inputs, device=block.device).view(outputs, inputs)
+    order = torch.cat([order[:, : layer.inputs].flatten(), order[:, layer.inputs :].flatten()])
+    return block.flatten(3, 4).flatten(1, 2)[:, order[:, None], order]
 
 
-def _run(network: AbstractNetwork, phi: Tensor, x: Tensor, shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The network's output with ``shifts (T, outputs)`` added to each linear layer's, and each layer's inputs ``(T, N, inputs)``."""
+def _run(network: AbstractNetwork, phi: Tensor, x: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The network's output with ``shift (T, N, outputs)`` added to its ``k``-th linear layer's, and that layer's inputs."""
     if isinstance(network, HeadNetwork):
-        return network(phi, x) + shifts[0][:, None], [network.embed(x)]
+        return network(phi, x) + shift, network.embed(x)
     assert isinstance(network, WeightNetwork)
     module = network.module
-    layers = [part for part in module.modules() if type(part) is nn.Linear]
+    layer = [part for part in module.modules() if type(part) is nn.Linear][k]
     named = dict(module.named_parameters())
 
-    def one(phi: Tensor, x: Tensor, shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def one(phi: Tensor, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         parts = phi.split([p.numel() for p in named.values()])
         weights = {n: v.view(p.shape) for (n, p), v in zip(named.items(), parts, strict=True)}
-        seen: dict[int, Tensor] = {}
+        seen: list[Tensor] = []
 
-        def hook(k: int) -> Callable[..., Tensor]:
-            def remember(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-                if k in seen or args[0].dim() != 2:
-                    raise ValueError("curvature='kronecker' needs layers that see each point once, as a vector")
-                seen[k] = args[0]
-                return output + shifts[k]
+        def remember(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            if seen or args[0].dim() != 2:
+                raise ValueError("a curvature by layers needs layers that see each point once, as a vector")
+            seen.append(args[0])
+            return output + shift
 
-            return remember
-
-        handles = [layer.register_forward_hook(hook(k)) for k, layer in enumerate(layers)]
+        handle = layer.register_forward_hook(remember)
         try:
             output = functional_call(module, weights, (x,))
         finally:
-            for handle in handles:
-                handle.remove()
-        return output, [seen[k] for k in range(len(layers))]
+            handle.remove()
+        return output, seen[0]
 
-    return vmap(one)(phi, x, shifts)
-
-
-class _Raised(torch.autograd.Function):
-    """Symmetric ``(T, d, d)`` with eigenvalues below ``least`` raised to it, or to rounding where that is larger.
-
-    Its own derivative (Daleckii & Krein 1965), because that of eigenvectors does not exist where eigenvalues are equal.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, least: float) -> Tensor:
-        """The raised matrices."""
-        values, vectors = torch.linalg.eigh(matrix)
-        floor = (torch.finfo(matrix.dtype).eps * values.abs().amax(-1, keepdim=True)).clamp(min=_least(least, matrix))
-        ctx.save_for_backward(values, vectors, floor)
-        return (vectors * torch.maximum(values, floor)[:, None, :]) @ vectors.mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """V (K ∘ Vᵀ G V) Vᵀ, K the divided differences of max(λ, floor)."""
-        values, vectors, floor = ctx.saved_tensors
-        above = values > floor
-        row, column = above[:, :, None], above[:, None, :]
-        high = torch.maximum(values[:, :, None], values[:, None, :])
-        distance = torch.where(row ^ column, (values[:, :, None] - values[:, None, :]).abs(), torch.ones_like(high))
-        slope = torch.where(row & column, 1.0, torch.where(row ^ column, (high - floor[..., None]) / distance, 0.0))
-        gradient = (gradient + gradient.mT) / 2
-        return vectors @ (slope * (vectors.mT @ gradient @ vectors)) @ vectors.mT, None
+    return vmap(one)(phi, x, shift)
 
 
 def _floored(matrix: Tensor, sd: Tensor, least: float) -> Tensor:
     if matrix.dim() == 2:
         return torch.maximum(matrix, _least(least, matrix) * sd**-2)
-    units, eye = sd[:, :, None] * sd[:, None, :], torch.eye(matrix.shape[-1]).to(matrix)
-    scaled = matrix * units
-    with torch.no_grad():  # a factor is far cheaper than eigenvalues; a task that has diverged stays NaN
-        low = (torch.linalg.cholesky_ex(torch.where(_finite(scaled), scaled, (1 + least) * eye) - least * eye)[1] != 0).nonzero()[:, 0]
-    if not len(low):
-        return matrix
-    return matrix.index_copy(0, low, _Raised.apply(scaled[low], least) / units[low])
+    floored: Tensor = _raised(matrix, sd[:, :, None] * sd[:, None, :], least)
+    return floored
+
+
+# Which tasks need it hangs on values: an operation of its own, so that a step with it can be written down as a graph.
+@torch.library.custom_op("bayesmeta::raised", mutates_args=())
+def _raised(matrix: Tensor, units: Tensor, least: float) -> Tensor:
+    """``matrix (T, d, d)``, in the tasks where ``matrix * units`` has an eigenvalue below ``least`` with those raised to it."""
+    low, raised = _low(matrix * units, least), matrix.clone(memory_format=torch.contiguous_format)
+    if len(low):
+        values, vectors, floor = _eigen((matrix * units)[low], least)
+        raised[low] = (vectors * torch.maximum(values, floor)[:, None, :]) @ vectors.mT / units[low]
+    return raised
+
+
+@torch.library.custom_op("bayesmeta::raised_backward", mutates_args=())
+def _raised_backward(gradient: Tensor, matrix: Tensor, units: Tensor, raised: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """V (K ∘ Vᵀ G V) Vᵀ, K the divided differences of max(λ, floor) (Daleckii & Krein 1965), in ``matrix`` and ``units``.
+
+    Its own derivative, because that of eigenvectors does not exist where eigenvalues are equal.
+    """
+    low, in_units = _low(matrix * units, least), units.new_zeros(units.shape)
+    in_matrix = gradient.clone(memory_format=torch.contiguous_format)
+    if len(low):
+        g = gradient[low] / units[low]
+        values, vectors, floor = _eigen((matrix * units)[low], least)
+        above = values > floor
+        row, column = above[:, :, None], above[:, None, :]
+        high = torch.maximum(values[:, :, None], values[:, None, :])
+        distance = torch.where(row ^ column, (values[:, :, None] - values[:, None, :]).abs(), torch.ones_like(high))
+        slope = torch.where(row & column, 1.0, torch.where(row ^ column, (high - floor[..., None]) / distance, 0.0))
+        scaled = vectors @ (slope * (vectors.mT @ ((g + g.mT) / 2) @ vectors)) @ vectors.mT
+        in_matrix[low], in_units[low] = scaled * units[low], scaled * matrix[low] - g * raised[low]
+    return in_matrix, in_units
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    matrix, units, ctx.least = inputs
+    ctx.save_for_backward(matrix, units, output)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_raised_backward(gradient, *ctx.saved_tensors, ctx.least), None
+
+
+_raised.register_autograd(_backward, setup_context=_keep)
+_raised.register_fake(lambda matrix, units, least: matrix.new_empty(matrix.shape))
+_raised_backward.register_fake(lambda g, matrix, units, raised, least: (matrix.new_empty(matrix.shape), units.new_empty(units.shape)))
+
+
+def _low(scaled: Tensor, least: float) -> Tensor:
+    """Which tasks have an eigenvalue below ``least``: a factor is far cheaper than eigenvalues. One that has diverged stays NaN."""
+    eye = torch.eye(scaled.shape[-1]).to(scaled)
+    return (torch.linalg.cholesky_ex(torch.where(_finite(scaled), scaled, (1 + least) * eye) - least * eye)[1] != 0).nonzero()[:, 0]
+
+
+def _eigen(scaled: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, and ``least`` or rounding where that is larger."""
+    values, vectors = torch.linalg.eigh(scaled)
+    floor = (torch.finfo(scaled.dtype).eps * values.abs().amax(-1, keepdim=True)).clamp(min=_least(least, scaled))
+    return values, vectors, floor
 
 
 def _least(least: float, like: Tensor) -> float:

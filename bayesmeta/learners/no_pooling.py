@@ -36,6 +36,7 @@ class NoPooling(AbstractMetaLearner):
     def __init__(self, model: HierarchicalModel, *, inner_steps: int = 50, inner_lr: float = 0.01, newton_dim: int = 50) -> None:
         super().__init__(model)
         self.inner_steps, self.inner_lr, self.newton_dim = checked_steps("inner_steps", inner_steps), inner_lr, newton_dim
+        self.why_eager = "maximum likelihood takes as many steps as the values ask for"
         self.centre = LazyParameter(lambda model: model.initial(model.made_up_points(1, 1))[0])
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:

@@ -408,3 +408,24 @@ def test_points_that_are_padding_do_not_count(float64):
         for kind in ("exact", "gauss_newton"):
             for a, b in zip(*(curvature(model, phi, p, which, kind) for p in (points, more)), strict=True):
                 torch.testing.assert_close(a.matrix, b.matrix, rtol=0, atol=1e-12)
+
+
+def test_raising_low_eigenvalues_is_an_operation_that_a_graph_can_hold(float64):
+    """PyTorch's own check of custom operations: shapes without values, strides, gradients."""
+    low = torch.diag(torch.tensor([1.0, -0.5, 2.0])) + 0.1
+    matrix = torch.stack([low, torch.eye(3)]).requires_grad_()
+    units = torch.full((2, 3, 3), 0.5, requires_grad=True)
+    torch.library.opcheck(torch.ops.bayesmeta.raised.default, (matrix, units, 1e-3))
+    torch.autograd.gradcheck(lambda m, u: torch.ops.bayesmeta.raised((m + m.mT) / 2, (u + u.mT) / 2, 1e-3), (matrix, units))
+
+
+def test_the_last_linear_layers_curvature_is_the_block_of_the_whole(float64):
+    """Two outputs, a bias, a padded point: against the Hessian row by row."""
+    net = WeightNetwork(nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3)))
+    points = Points(torch.randn(2, 5, 1), torch.tensor([[0, 1, 2, 1, 0]] * 2), torch.ones(2, 5, dtype=torch.bool))
+    points.mask[1, 3:] = False
+    model = HierarchicalModel.from_network(net, Categorical(3), example=points)
+    phi = torch.randn(2, model.dim)
+    for hessian in ("exact", "gauss_newton"):
+        full, last = (likelihood_curvature(model, phi, points, kind=kind, hessian=hessian)[-1] for kind in ("full", "last_layer"))
+        torch.testing.assert_close(last.matrix, full.matrix[:, last.where, last.where], rtol=0, atol=1e-12)
