@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, Normal
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 from bayesmeta.episodes import Episode, Points
 from bayesmeta.randomness import rng
@@ -40,8 +40,9 @@ class GaussianProcess:
 
     The defaults are those of the neural-process literature: x ∈ [−2, 2], l ~ U[0.6, 1), a ~ U[0.1, 1), σ = 0.02, 3 to 47 context points.
     A function of that family has no finite φ: what a task is has its hyperparameters in `sample_tasks`, and its function is drawn
-    at the points asked for, jointly and exactly. A learner does not know l and a either, so `exact_predictive` and `log_evidence` integrate
-    them out (Gauss-Legendre, to about 1e-4 nats and 1e-6 in the mean); with ``tasks=`` they are given.
+    at the points asked for, jointly and exactly; `exact_posterior` is the posterior of the function at points asked for. A learner does not
+    know l and a either, so that, `exact_predictive` and `log_evidence` integrate them out (Gauss-Legendre, to about 1e-4 nats and 1e-6
+    in the mean); with ``tasks=`` they are given.
 
     Raises ValueError where an argument is out of its range.
     """
@@ -119,6 +120,25 @@ class GaussianProcess:
         weights = torch.cat(logits).to(support.x)[:, None].expand(mean.shape)
         return MixtureSameFamily(Categorical(logits=weights), Normal(mean, sd))
 
+    def exact_posterior(
+        self, support: Points, x: Tensor, *, tasks: dict[str, Tensor] | None = None
+    ) -> MultivariateNormal | MixtureSameFamily:
+        """p(f(x) | S_i) of the function, without noise, at all of a task's ``x (T, N, 1)`` jointly: batch ``(T,)``, event ``(N,)``.
+
+        A mixture of multivariate Normals, one for each of 384 nodes of length scale and amplitude (3 MB a task with N = 32), or a single
+        one given ``tasks``. In float64: the covariances are nearly singular, so 1e-8 a² is added to their diagonals.
+        """
+        logits, means, factors = [], [], []
+        for here, grid in self._blocks(support, tasks, x.shape[1] ** 2):
+            log_weight, mean, covariance = self._condition_jointly(support.select(here), x[here], *grid)
+            logits.append(log_weight)
+            means.append(mean)
+            factors.append(torch.linalg.cholesky(covariance))
+        mean, factor = torch.cat(means), torch.cat(factors)
+        if tasks is not None:
+            return MultivariateNormal(mean[:, 0], scale_tril=factor[:, 0])
+        return MixtureSameFamily(Categorical(logits=torch.cat(logits)), MultivariateNormal(mean, scale_tril=factor))
+
     def log_evidence(self, points: Points, *, tasks: dict[str, Tensor] | None = None) -> Tensor:
         """log p(y_i | x_i), f integrated out, and length scale and amplitude too unless ``tasks`` has them, ``(T,)``; 0 without points."""
         none = points.x[:, :0]
@@ -140,12 +160,30 @@ class GaussianProcess:
         starts = range(0, points.num_tasks, rows)
         return [(slice(s, s + rows), tuple(grid[s : s + rows] for grid in grids)) for s in starts]
 
-    def _condition(
-        self, points: Points, x: Tensor, length: Tensor, log_wl: Tensor, amplitude: Tensor, log_wa: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """log p(y, l, a) at every node ``(T, L · A)``; mean and variance of a new y there, ``(T, N, L · A)``.
+    def _condition(self, points: Points, x: Tensor, *grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(y, l, a) at every node ``(T, L · A)``; mean and variance of a new y there, ``(T, N, L · A)``."""
+        log_joint, cross, turned, spread, a2 = self._rotated(points, x, *grid)
+        mean = (cross @ (a2 * turned / spread).mT).permute(0, 2, 1, 3).flatten(2)
+        gain = (cross.square() @ (a2.square() / spread).mT).permute(0, 2, 1, 3)  # (T, N', L, A)
+        variance = (a2[..., 0].unsqueeze(1) - gain).clamp(min=0) + self.noise**2
+        return log_joint, mean, variance.flatten(2)
 
-        With K = U Λ Uᵀ the correlations of a length scale, a²K + σ²I is inverted for every amplitude at once.
+    def _condition_jointly(self, points: Points, x: Tensor, length: Tensor, *grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(y, l, a) at every node ``(T, L · A)``; mean ``(T, L · A, N)`` and covariance ``(T, L · A, N, N)`` of f there."""
+        log_joint, cross, turned, spread, a2 = self._rotated(points, x, length, *grid)
+        mean = (cross @ (a2 * turned / spread).mT).mT.flatten(1, 2)
+        prior = self._correlation(x[:, None], x[:, None], length[..., None, None])[:, :, None]  # (T, L, 1, N', N')
+        gain = (cross[:, :, None] * (a2 / spread)[..., None, :]) @ cross[:, :, None].mT
+        covariance = a2[..., None] * (prior - gain + 1e-8 * torch.eye(x.shape[1], dtype=torch.float64))
+        return log_joint, mean, covariance.flatten(1, 2)
+
+    def _rotated(
+        self, points: Points, x: Tensor, length: Tensor, log_wl: Tensor, amplitude: Tensor, log_wa: Tensor
+    ) -> tuple[Tensor, ...]:
+        """log p(y, l, a) at every node ``(T, L · A)``, and in the eigenvectors U of the correlations K = U Λ Uᵀ of each length scale
+
+        k(x, x_S) U ``(T, L, N', N)``, Uᵀ y ``(T, L, 1, N)``, a²Λ + σ² ``(T, L, A, N)`` and a² ``(T, 1, A, 1)``: so a²K + σ²I is inverted
+        for every amplitude at once.
         """
         assert points.y is not None
         mask = points.mask[:, None]  # (T, 1, N)
@@ -153,20 +191,16 @@ class GaussianProcess:
         y = torch.where(points.mask, points.y, 0).double()
         both = mask[..., None, :] & mask[..., None]
         k = torch.where(both, self._correlation(there[:, None], there[:, None], length[..., None, None]), 0.0)
-        values, u = torch.linalg.eigh(k)  # (T, L, N), (T, L, N, N); a padded point has a direction with eigenvalue 0 to itself
+        values, u = torch.linalg.eigh(k)  # a padded point has a direction with eigenvalue 0 to itself
         a2, s2 = amplitude.square()[:, None, :, None], self.noise**2
-        spread = a2 * values.clamp(min=0)[:, :, None] + s2  # (T, L, A, N)
-        turned = (u.mT @ y[:, None, :, None])[..., 0][:, :, None]  # Uᵀ y, (T, L, 1, N)
+        spread = a2 * values.clamp(min=0)[:, :, None] + s2
+        turned = (u.mT @ y[:, None, :, None])[..., 0][:, :, None]
         counts = points.counts.double()[:, None, None]  # integers times a Python number would become float32
         padded, count = (points.num_points - counts) * math.log(s2), counts * math.log(2 * math.pi)
         log_evidence = -0.5 * ((turned.square() / spread).sum(-1) + spread.log().sum(-1) - padded + count)
         log_joint = (log_evidence + log_wl[..., None] + log_wa[:, None]).flatten(1)
         cross = self._correlation(x[:, None], there[:, None], length[..., None, None])
-        cross = torch.where(mask[..., None, :], cross, 0.0) @ u  # (T, L, N', N)
-        mean = (cross @ (a2 * turned / spread).mT).permute(0, 2, 1, 3).flatten(2)
-        gain = (cross.square() @ (a2.square() / spread).mT).permute(0, 2, 1, 3)  # (T, N', L, A)
-        variance = (a2[..., 0].unsqueeze(1) - gain).clamp(min=0) + s2
-        return log_joint, mean, variance.flatten(2)
+        return log_joint, torch.where(mask[..., None, :], cross, 0.0) @ u, turned, spread, a2
 
     def _correlation(self, x: Tensor, other: Tensor, length: Tensor) -> Tensor:
         """k at ``x (…, N, 1)`` and ``other (…, N', 1)``, ``(…, N, N')``, in float64."""

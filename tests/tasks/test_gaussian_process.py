@@ -62,6 +62,20 @@ def test_given_the_hyperparameters_it_is_the_dense_conditional(scene):
         np.testing.assert_allclose(predictive.variance[i], np.diag(prior - gain @ cross.T) + 0.02**2, rtol=0, atol=1e-9)
         truth = multivariate_normal(np.zeros(len(x)), k).logpdf(y) if len(x) else 0.0
         assert evidence[i].item() == pytest.approx(truth, abs=1e-7)
+        function = family.exact_posterior(support, query.x, tasks=tasks)
+        assert function.batch_shape == (7,) and function.event_shape == (5,)
+        np.testing.assert_allclose(function.mean[i], gain @ y, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(function.covariance_matrix[i], prior - gain @ cross.T + 1e-8 * at[1] ** 2 * np.eye(5), rtol=0, atol=1e-9)
+
+
+def test_the_functions_posterior_has_the_marginals_of_the_predictive(scene):
+    """Hyperparameters integrated out: mean and variance of f are those of y without its noise; and it can be drawn and scored."""
+    family, _, support, query = scene
+    function, predictive = family.exact_posterior(support, query.x), family.exact_predictive(support, query.x)
+    torch.testing.assert_close(function.mean, predictive.mean, rtol=0, atol=1e-9)
+    torch.testing.assert_close(function.variance, predictive.variance - 0.02**2, rtol=0, atol=2e-8)
+    torch.manual_seed(0)
+    assert function.log_prob(function.sample()).isfinite().all()
 
 
 def test_hyperparameters_are_integrated_out(scene):
