@@ -23,7 +23,7 @@ import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +92,7 @@ class TracedStep:
     evaluations: float
     run: Run
     compiled: bool = False
+    lent: bool = False  # traced on another learner
     unchecked: int = CHECKS
     before: float = math.inf  # seconds a step took before it was compiled
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
@@ -102,19 +103,23 @@ class TracedStep:
         return len(self.module.graph.nodes)
 
 
+Graphs = OrderedDict[Any, TracedStep]
+
+
 class StepCompiler:
     """Takes training steps for a learner, faster than eager where it can and where it pays.
 
     ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of
     all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
-    where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph.
+    where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph. ``lent``: the graphs of a
+    learner that is made alike (another member of an ensemble), held to eager once more.
 
     Raises ValueError for another ``mode``.
     """
 
     def __init__(
         self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], losses: Losses, total: int, generator: torch.Generator,
-        *, mode: bool | str = "auto", backend: Backend | None = None,
+        *, mode: bool | str = "auto", backend: Backend | None = None, lent: Graphs | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(mode, bool):
             checked_choice("compile", mode, ("auto",))
@@ -122,7 +127,9 @@ class StepCompiler:
         self.mode, self.backend = mode, backend or inductor
         self.can_compile, self.traced = True, 0
         self.why_eager = "compile=False" if mode is False else learner.why_eager
-        self.graphs: OrderedDict[Any, TracedStep] = OrderedDict()
+        self.graphs: Graphs = OrderedDict()
+        for key, step in (lent or {}).items():
+            self.graphs[key] = replace(step, lent=True, unchecked=CHECKS, seconds=deque(maxlen=20))
         self.seen: Counter[Any] = Counter()
         self.eager_seconds: deque[float] = deque(maxlen=20)
         tensors = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
@@ -218,6 +225,9 @@ class StepCompiler:
         elif math.isfinite(found.loss.item()):
             step.unchecked -= 1
             self._check(step, found, episode, before)
+            if step.lent and self.why_eager is not None:  # the learners are not alike after all: this one needs a graph of its own
+                self.why_eager = None
+                return None
         self.learner.model.gradient_evaluations += step.evaluations
         return found if self.why_eager is None else None
 
@@ -238,9 +248,10 @@ class StepCompiler:
         self.learner.model.gradient_evaluations = evaluations
         how = "compiled" if step.compiled else "traced"
         if not torch.equal(after, self.generator.get_state()):
-            self._give_up(f"the {how} step draws other random numbers than the eager one")
+            self._give_up(f"the {how} step draws other random numbers than the eager one", quietly=step.lent)
         elif (gap := difference(found, wanted)) > tolerance(found.loss.dtype):
-            self._give_up(f"loss or gradients of the {how} step differ from the eager one's by {gap:.1e} of their size")
+            why = f"loss or gradients of the {how} step differ from the eager one's by {gap:.1e} of their size"
+            self._give_up(why, quietly=step.lent)
 
     def _check_disturbed(self, step: TracedStep, episode: Episode) -> None:
         before, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
@@ -253,10 +264,11 @@ class StepCompiler:
         self.generator.set_state(before)
         self.learner.model.gradient_evaluations = evaluations
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, *, quietly: bool = False) -> None:
         self.why_eager = why
         self.graphs.clear()
-        self._warn(f"training goes on step by step through Python, with the same results: {why}")
+        if not quietly:
+            self._warn(f"training goes on step by step through Python, with the same results: {why}")
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"{type(self.learner).__name__}: compile={self.mode!r}: {what}", RuntimeWarning, stacklevel=2)

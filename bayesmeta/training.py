@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from .compiling import Gradients, StepCompiler
+from .compiling import Gradients, Graphs, StepCompiler
 from .episodes import Episode
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
 from .metrics import task_mean
@@ -101,72 +101,105 @@ def meta_train(
     Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
     for arguments that make no sense.
     """
-    arguments = {name: value for name, value in locals().items() if name != "learner"}
+    given = {name: value for name, value in locals().items() if name != "learner"}
     if not isinstance(learner, AbstractMetaLearner):
         raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"steps: expected a whole number, steps >= 0, got {steps!r}")
-    if not isinstance(resume, bool) or (resume and checkpoint is None):
-        raise ValueError(f"resume: expected True or False, with checkpoint= naming the file, got {resume!r} and {checkpoint!r}")
-    checked_choice("bad_tasks", bad_tasks, ("raise", "skip"))
-    for name, value in (
-        ("tasks_per_step", tasks_per_step), ("num_tasks", num_tasks), ("patience", patience), ("validation_tasks", validation_tasks),
-        ("validate_every", validate_every), ("checkpoint_every", checkpoint_every),
-    ):  # fmt: skip
-        if value is not None:
-            checked_steps(name, value, least=1)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected a number above 0, got {clip}")
-    if optimizer is not None and isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer: expected a factory, say lambda params: torch.optim.Adam(params, 1e-3), got a {type(optimizer).__name__}: "
-            "parameters may not exist before the first data are seen"
-        )
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return _train(learner, _Options(**given | {"generator": torch.Generator().manual_seed(0) if generator is None else generator}))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `meta_train`, checked."""
+
+    family: TaskFamily | Episode
+    steps: int
+    tasks_per_step: int | None
+    generator: torch.Generator
+    optimizer: Callable[[list[Any]], torch.optim.Optimizer] | None
+    schedule: Callable[[torch.optim.Optimizer], Any] | None
+    clip: float | None
+    num_tasks: int | None
+    validation: TaskFamily | Episode | None
+    validate_every: int
+    patience: int | None
+    validation_tasks: int
+    bad_tasks: str
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    resume: bool
+    device: str | torch.device | None
+    progress: bool | None
+    compile: bool | str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
+            raise ValueError(f"steps: expected a whole number, steps >= 0, got {self.steps!r}")
+        if not isinstance(self.resume, bool) or (self.resume and self.checkpoint is None):
+            got = f"{self.resume!r} and {self.checkpoint!r}"
+            raise ValueError(f"resume: expected True or False, with checkpoint= naming the file, got {got}")
+        checked_choice("bad_tasks", self.bad_tasks, ("raise", "skip"))
+        for name in ("tasks_per_step", "num_tasks", "patience", "validation_tasks", "validate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None:
+                checked_steps(name, value, least=1)
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: expected a number above 0, got {self.clip}")
+        if self.optimizer is not None and isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer: expected a factory, say lambda params: torch.optim.Adam(params, 1e-3), got a {type(self.optimizer).__name__}: "
+                "parameters may not exist before the first data are seen"
+            )
+
+
+def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = None, after: int = 0) -> History:
+    """Trains one learner, or an ensemble. ``shared``: graphs of learners made alike; ``after``: how many more of those will come."""
     if learner.members:
-        return _train_members(learner, arguments | {"generator": generator})
-    if device is not None:
-        learner.to(device)
-    batch, total = _batches(family, tasks_per_step)
-    before = generator.get_state()
-    learner.materialise(batch(generator))
-    generator.set_state(before)
+        return _train_members(learner, o)
+    if o.device is not None:
+        learner.to(o.device)
+    batch, total = _batches(o.family, o.tasks_per_step)
+    before = o.generator.get_state()
+    learner.materialise(batch(o.generator))
+    o.generator.set_state(before)
     parameters = learner.trained_parameters()
     if not parameters:
         raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
-    total = _number_of_tasks(learner, total, num_tasks)
-    optimiser = (optimizer or _adam)(parameters)
-    run = _Run(learner, parameters, optimiser, schedule(optimiser) if schedule else None, generator)
-    run.compiler = StepCompiler(learner, parameters, run.losses, total, generator, mode=compile)
-    if resume and checkpoint is not None and os.path.exists(checkpoint):
-        run.load(checkpoint)
-    held_out = None if validation is None else _held_out(validation, validation_tasks)
+    total = _number_of_tasks(learner, total, o.num_tasks)
+    optimiser = (o.optimizer or _adam)(parameters)
+    run = _Run(learner, parameters, optimiser, o.schedule(optimiser) if o.schedule else None, o.generator)
+    run.compiler = StepCompiler(learner, parameters, run.losses, total, o.generator, mode=o.compile, lent=shared)
+    if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):
+        run.load(o.checkpoint)
+    held_out = None if o.validation is None else _held_out(o.validation, o.validation_tasks)
     start = time.monotonic() - run.history.seconds
-    bar = tqdm(total=steps, initial=run.history.steps, disable=not (sys.stderr.isatty() if progress is None else progress), unit="step")
+    disabled = not (sys.stderr.isatty() if o.progress is None else o.progress)
+    bar = tqdm(total=o.steps, initial=run.history.steps, disable=disabled, unit="step")
     try:
-        while run.history.steps < steps and not run.history.stopped_early:
-            loss = run.step(batch(generator), total, clip, bad_tasks, steps - run.history.steps)
+        while run.history.steps < o.steps and not run.history.stopped_early:
+            loss = run.step(batch(o.generator), total, o.clip, o.bad_tasks, o.steps - run.history.steps + after * o.steps)
             step = run.history.steps
             run.history.seconds = time.monotonic() - start
             if not bar.disable:
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            if held_out is not None and (step % validate_every == 0 or step == steps):
-                run.validate(held_out, patience)
-            if checkpoint is not None and (step % checkpoint_every == 0 or step == steps or run.history.stopped_early):
-                run.save(checkpoint)
+            if held_out is not None and (step % o.validate_every == 0 or step == o.steps):
+                run.validate(held_out, o.patience)
+            if o.checkpoint is not None and (step % o.checkpoint_every == 0 or step == o.steps or run.history.stopped_early):
+                run.save(o.checkpoint)
     finally:
         bar.close()
     run.keep_best()
+    if shared is not None:
+        shared.update(run.compiler.graphs)
     return run.history
 
 
-def _train_members(learner: AbstractMetaLearner, arguments: dict[str, Any]) -> History:
+def _train_members(learner: AbstractMetaLearner, o: _Options) -> History:
     """Each member of an ensemble on its own, one after the other on one random stream: other tasks in another order for each."""
-    histories, checkpoint = [], arguments.pop("checkpoint")
+    histories, graphs = [], Graphs()
     for i, member in enumerate(learner.members):
-        path = None if checkpoint is None else f"{os.fspath(checkpoint)}.member{i}"
-        histories.append(meta_train(member, checkpoint=path, **arguments))
+        path = None if o.checkpoint is None else f"{os.fspath(o.checkpoint)}.member{i}"
+        histories.append(_train(member, replace(o, checkpoint=path), graphs, len(learner.members) - i - 1))
     steps = min(h.steps for h in histories)
     return History(
         loss=np.mean([h.loss[:steps] for h in histories], 0).tolist(), seconds=sum(h.seconds for h in histories),

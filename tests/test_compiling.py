@@ -360,13 +360,6 @@ def test_an_interrupted_run_goes_on(float64, monkeypatch, tmp_path):
     assert_same_training(again, whole)
 
 
-def test_the_members_of_an_ensemble_are_compiled_each(float64, monkeypatch):
-    graphs = as_traced(monkeypatch)
-    make = lambda: Ensemble(radon(), lambda model: MAML(model, inner_lr=0.02), size=2)  # noqa: E731
-    assert_same_training(trained(make, True), trained(make, False))
-    assert len(graphs) == 2
-
-
 def test_gradients_of_phi_are_counted_as_eagerly(float64, monkeypatch):
     as_traced(monkeypatch)
     counts = []
@@ -466,3 +459,21 @@ def test_disturbed_keeps_what_belongs_together():
     pairs = {(x.item(), y.item()) for x, y in zip(e.support.x[e.support.mask], e.support.y[e.support.mask], strict=True)}
     before = episode((3, 5, 2, 8)).support
     assert pairs < {(x.item(), y.item()) for x, y in zip(before.x[before.mask], before.y[before.mask], strict=True)}
+
+
+def test_the_members_of_an_ensemble_share_one_graph(float64, monkeypatch):
+    """Traced on the first, held to eager on each; the same bits as members that are trained eagerly."""
+    graphs = as_traced(monkeypatch)
+    make = lambda: Ensemble(radon(), lambda one: MAML(one, inner_steps=2, inner_lr=0.02), size=3)  # noqa: E731
+    assert_same_training(trained(make, True), trained(make, False))
+    assert len(graphs) == 1
+
+
+def test_members_that_are_not_alike_have_graphs_of_their_own(float64, monkeypatch):
+    graphs = as_traced(monkeypatch)
+    rates = [0.02, 0.05]
+    make = lambda: Ensemble(radon(), lambda one: MAML(one, inner_steps=2, inner_lr=rates.pop()), size=2)  # noqa: E731
+    one = trained(make, True)
+    rates += [0.02, 0.05]
+    assert_same_training(one, trained(make, False))
+    assert len(graphs) == 2
