@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from .compiling import Gradients, Graphs, StepCompiler
+from .compiling import Gradients, Graphs, StepCompiler, merged
 from .episodes import Episode
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
 from .metrics import task_mean
@@ -74,7 +74,8 @@ def meta_train(
     generator: torch.Generator | None = None, optimizer: Callable[[list[Any]], torch.optim.Optimizer] | None = None,
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None, clip: float | None = None, num_tasks: int | None = None,
     validation: TaskFamily | Episode | None = None, validate_every: int = 100, patience: int | None = None, validation_tasks: int = 100,
-    bad_tasks: str = "raise", checkpoint: str | os.PathLike[str] | None = None, checkpoint_every: int = 500, resume: bool = False,
+    bad_tasks: str = "raise", task_chunk: int | None = None, checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500, resume: bool = False,
     device: str | torch.device | None = None, progress: bool | None = None, compile: bool | str = "auto",
 ) -> History:
     """Minimises mean over tasks of ``meta_loss`` + ``global_loss()`` / number of training tasks, over ``trained_parameters()``.
@@ -85,7 +86,8 @@ def meta_train(
 
     Optimisation: ``optimizer`` and ``schedule`` are factories, ``lambda params: torch.optim.Adam(params, 1e-3)`` being the default;
     ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss or gradient that is not finite out of a
-    step, and counts them.
+    step, and counts them. ``task_chunk``: how many tasks are held in memory at once, loss and gradient accumulated chunk by chunk: the
+    same step up to rounding (noise is drawn chunk by chunk too, so a learner that draws takes other numbers).
 
     Validation: every ``validate_every`` steps the predictive NLL on a fixed set of tasks of ``validation``; after ``patience`` of
     them without a new best training stops. The best parameters are kept.
@@ -124,6 +126,7 @@ class _Options:
     patience: int | None
     validation_tasks: int
     bad_tasks: str
+    task_chunk: int | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
     resume: bool
@@ -138,7 +141,7 @@ class _Options:
             got = f"{self.resume!r} and {self.checkpoint!r}"
             raise ValueError(f"resume: expected True or False, with checkpoint= naming the file, got {got}")
         checked_choice("bad_tasks", self.bad_tasks, ("raise", "skip"))
-        for name in ("tasks_per_step", "num_tasks", "patience", "validation_tasks", "validate_every", "checkpoint_every"):
+        for name in ("tasks_per_step", "num_tasks", "patience", "validation_tasks", "validate_every", "checkpoint_every", "task_chunk"):
             value = getattr(self, name)
             if value is not None:
                 checked_steps(name, value, least=1)
@@ -166,7 +169,7 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
         raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
     total = _number_of_tasks(learner, total, o.num_tasks)
     optimiser = (o.optimizer or _adam)(parameters)
-    run = _Run(learner, parameters, optimiser, o.schedule(optimiser) if o.schedule else None, o.generator)
+    run = _Run(learner, parameters, optimiser, o.schedule(optimiser) if o.schedule else None, o.generator, total=total)
     run.compiler = StepCompiler(learner, parameters, run.losses, total, o.generator, mode=o.compile, lent=shared)
     if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):
         run.load(o.checkpoint)
@@ -176,7 +179,7 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     bar = tqdm(total=o.steps, initial=run.history.steps, disable=disabled, unit="step")
     try:
         while run.history.steps < o.steps and not run.history.stopped_early:
-            loss = run.step(batch(o.generator), total, o.clip, o.bad_tasks, o.steps - run.history.steps + after * o.steps)
+            loss = run.step(batch(o.generator), o, o.steps - run.history.steps + after * o.steps)
             step = run.history.steps
             run.history.seconds = time.monotonic() - start
             if not bar.disable:
@@ -229,19 +232,22 @@ class _Run:
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     since_best: int = 0
-    compiler: StepCompiler | None = None
+    total: int = 1
     last: list[Tensor] = field(default_factory=list)
+    compiler: StepCompiler = field(init=False)
 
-    def step(self, episode: Episode, total: int, clip: float | None, bad_tasks: str, remaining: int) -> float:
+    def step(self, episode: Episode, o: _Options, remaining: int) -> float:
+        """One step of θ; returns its loss. Raises TrainingError where it is not finite."""
         before = self.generator.get_state()
-        found = None if self.compiler is None else self.compiler(episode, remaining)
-        if found is not None:
-            loss, norm = self.take(found, clip)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                self.generator.set_state(before)  # eagerly once more: there every case is told apart
-                found = None
-        if found is None:
-            loss = self.eager(episode, before, total, clip, bad_tasks)
+        found, norm = self.gradients(episode, o, remaining)
+        if self.compiler.used and not (math.isfinite(found.loss.item()) and math.isfinite(norm.item())):
+            self.generator.set_state(before)  # eagerly once more: there every case is told apart
+            found, norm = self.gradients(episode, o)
+        if not (bool(found.loss.isfinite()) and bool(norm.isfinite())):
+            raise TrainingError(
+                f"{self.where}: the loss is {found.loss.item()}, the gradient's norm {norm.item()}; "
+                "parameters are at their last finite value"
+            )
         if not self.last:
             self.last = [p.detach().clone() for p in self.parameters]
         else:
@@ -249,48 +255,60 @@ class _Run:
         self.optimiser.step()
         if not _all_finite(self.parameters):
             self.restore(self.last)
-            raise TrainingError(
-                f"step {self.history.steps + 1}: the step is not finite; parameters are at their last finite value. Lower the learning rate"
-            )
+            raise TrainingError(f"{self.where}: the step is not finite; parameters are at their last finite value. Lower the learning rate")
         if self.scheduler is not None:
             self.scheduler.step()
-        self.history.loss.append(loss.item())
+        self.history.loss.append(found.loss.item())
         return self.history.loss[-1]
 
-    def take(self, found: Gradients, clip: float | None) -> tuple[Tensor, Tensor]:
-        """Puts a compiled step's gradient into the parameters; returns its loss and the gradient's norm before it was clipped."""
-        for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
-            parameter.grad = gradient
-        if clip is None:
-            return found.loss, get_total_norm([g for g in found.gradients if g is not None])
-        return found.loss, clip_grad_norm_(self.parameters, clip)
+    @property
+    def where(self) -> str:
+        return f"step {self.history.steps + 1}"
 
-    def eager(self, episode: Episode, before: Tensor, total: int, clip: float | None, bad_tasks: str) -> Tensor:
-        """Loss and gradient without a graph; returns the loss. Raises TrainingError where one is not finite."""
-        where, start = f"step {self.history.steps + 1}", time.perf_counter()
+    def gradients(self, episode: Episode, o: _Options, remaining: int | None = None) -> tuple[Gradients, Tensor]:
+        """Puts a step's gradient into the parameters; returns it and its norm before it was clipped. ``remaining``: None runs eagerly.
+
+        With ``task_chunk`` one chunk of tasks after the other, so that only one graph is held at a time.
+        """
+        size, self.compiler.used = o.task_chunk or episode.num_tasks, False
+        step: Gradients | None = None
+        for first in range(0, episode.num_tasks, size):
+            part = episode if size >= episode.num_tasks else episode.select(slice(first, first + size))
+            found = None if remaining is None else self.compiler(part, remaining * math.ceil(episode.num_tasks / size))
+            found = self.eager(part, o, first) if found is None else found
+            step = found if step is None else merged(step, found)
+        assert step is not None
+        if not len(step.losses):
+            raise TrainingError(
+                f"{self.where}: loss or gradient of all {episode.num_tasks} tasks is not finite; parameters are at their last finite value"
+            )
+        for parameter, gradient in zip(self.parameters, step.gradients, strict=True):
+            parameter.grad = gradient
+        if o.clip is not None:
+            return step, clip_grad_norm_(self.parameters, o.clip)
+        return step, get_total_norm([g for g in step.gradients if g is not None])
+
+    def eager(self, episode: Episode, o: _Options, first: int) -> Gradients:
+        """Loss and gradient without a graph, bad tasks left out where that is asked for, else TrainingError. ``first``: its number."""
+        start, before = time.perf_counter(), self.generator.get_state()
         losses, rest = self.losses(episode)
         bad = ~losses.detach().isfinite()
         if bool(bad.any()):
-            if bad_tasks == "raise" or bool(bad.all()):
+            if o.bad_tasks == "raise":
                 task = int(bad.nonzero()[0])
                 raise TrainingError(
-                    f"{where}: the loss of task {task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
+                    f"{self.where}: the loss of task {first + task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
                     "parameters are at their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
                 )
             episode, losses, rest = self.without(bad, episode, before)
-        loss, norm = self.backward(losses, rest, total, clip)
-        if bad_tasks == "skip" and not bool(norm.isfinite()):
+        found = self.backward(losses, rest)
+        if o.bad_tasks == "skip" and not all(g is None or bool(g.isfinite().all()) for g in found.gradients):
             bad = self.bad_gradients(episode, before)
-            if bool(bad.any()) and not bool(bad.all()):
+            if bool(bad.any()):
                 episode, losses, rest = self.without(bad, episode, before)
-                loss, norm = self.backward(losses, rest, total, clip)
-        if not (bool(loss.isfinite()) and bool(norm.isfinite())):
-            raise TrainingError(
-                f"{where}: the loss is {loss.item()}, the gradient's norm {norm.item()}; parameters are at their last finite value"
-            )
-        if self.compiler is not None:
-            self.compiler.eager_took(time.perf_counter() - start)
-        return loss
+                found = self.backward(losses, rest)
+        self.compiler.eager_took(time.perf_counter() - start)
+        return found
 
     def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The tasks' losses ``(T,)`` and θ's own, under one draw of θ where it is variational."""
@@ -301,16 +319,18 @@ class _Run:
     def without(self, bad: Tensor, episode: Episode, state: Tensor) -> tuple[Episode, Tensor, Tensor]:
         """The other tasks and their losses, anew: the gradient of a loss that is not finite is NaN even when masked."""
         self.history.skipped += int(bad.sum())
-        self.generator.set_state(state)
         episode = episode.select(~bad)
+        if not episode.num_tasks:
+            return episode, bad.new_zeros(0, dtype=torch.float), torch.zeros(())
+        self.generator.set_state(state)
         return episode, *self.losses(episode)
 
-    def backward(self, losses: Tensor, rest: Tensor, total: int, clip: float | None) -> tuple[Tensor, Tensor]:
-        """Puts the gradient of the step's loss into the parameters; returns the loss and the gradient's norm before it was clipped."""
-        loss = losses.mean() + rest / total
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward(inputs=self.parameters)
-        return loss, clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
+    def backward(self, losses: Tensor, rest: Tensor) -> Gradients:
+        if not len(losses):
+            return Gradients(losses, torch.zeros(()), [None] * len(self.parameters))
+        loss = losses.mean() + rest / self.total
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return Gradients(losses.detach(), loss.detach(), list(gradients))
 
     def bad_gradients(self, episode: Episode, state: Tensor) -> Tensor:
         """Which tasks have a finite loss and a gradient that is not, ``(T,)``: each alone, since NaN spreads through what they share."""
