@@ -125,7 +125,7 @@ class StepCompiler:
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
         self.mode, self.backend = mode, backend or inductor
-        self.can_compile, self.traced, self.used = True, 0, False
+        self.can_compile, self.traced = True, 0
         self.why_eager = "compile=False" if mode is False else learner.why_eager
         self.graphs: Graphs = OrderedDict()
         for key, step in (lent or {}).items():
@@ -160,7 +160,6 @@ class StepCompiler:
             found = None
         if found is None:
             self.generator.set_state(before)
-        self.used = self.used or found is not None
         return found
 
     def eager_took(self, seconds: float) -> None:
@@ -344,17 +343,6 @@ def disturbed(episode: Episode) -> Episode:
         return Points(x, y, mask & ~(several[:, None] & (mask.cumsum(1) == 1)))
 
     return Episode(other(episode.support), other(episode.query))
-
-
-def merged(one: Gradients, other: Gradients) -> Gradients:
-    """The gradients of one step over the tasks of both: their mean, by numbers of tasks."""
-    share = len(other.losses) / max(len(one.losses) + len(other.losses), 1)
-    gradients: list[Tensor | None] = []
-    for a, b in zip(one.gradients, other.gradients, strict=True):
-        reached = [w * g for w, g in ((1 - share, a), (share, b)) if g is not None]
-        gradients.append(sum(reached[1:], reached[0]) if reached else None)
-    loss = (1 - share) * one.loss + share * other.loss
-    return Gradients(torch.cat([one.losses, other.losses]), loss, gradients)
 
 
 def difference(found: Gradients, wanted: Gradients) -> float:

@@ -17,18 +17,16 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from .compiling import Gradients, Graphs, StepCompiler, merged
+from .compiling import Gradients, Graphs
+from .distributed import Ranks, ranks
 from .episodes import Episode
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
+from .meta_gradient import MetaGradient, TrainingError
 from .metrics import task_mean
 from .tasks.base import TaskFamily
 
 ALL_TASKS_UP_TO = 100
 TASKS_PER_STEP = 25
-
-
-class TrainingError(ArithmeticError):
-    """A loss or gradient is not finite; parameters are at their last finite value. The message names step and task."""
 
 
 @dataclass
@@ -100,6 +98,9 @@ def meta_train(
     not to the bit: only compile=False gives the same bits whatever the load. What cannot be compiled is trained eagerly, with a
     RuntimeWarning that says why.
 
+    Under ``torchrun`` each process takes its share of a step's tasks (`bayesmeta.distributed`): gradients are added up, the first process's
+    start, data and validation count for all, and it alone writes. Where a process is lost the others end with an error.
+
     Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
     for arguments that make no sense.
     """
@@ -158,6 +159,7 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     """Trains one learner, or an ensemble. ``shared``: graphs of learners made alike; ``after``: how many more of those will come."""
     if learner.members:
         return _train_members(learner, o)
+    group = ranks(o.device)
     if o.device is not None:
         learner.to(o.device)
     batch, total = _batches(o.family, o.tasks_per_step)
@@ -169,17 +171,21 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
         raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
     total = _number_of_tasks(learner, total, o.num_tasks)
     optimiser = (o.optimizer or _adam)(parameters)
-    run = _Run(learner, parameters, optimiser, o.schedule(optimiser) if o.schedule else None, o.generator, total=total)
-    run.compiler = StepCompiler(learner, parameters, run.losses, total, o.generator, mode=o.compile, lent=shared)
+    gradient = MetaGradient(
+        learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=shared,
+        task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator),
+    )  # fmt: skip
+    run = _Run(learner, parameters, optimiser, o.schedule(optimiser) if o.schedule else None, o.generator, gradient, group)
     if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):
         run.load(o.checkpoint)
+    run.begin_together()
     held_out = None if o.validation is None else _held_out(o.validation, o.validation_tasks)
     start = time.monotonic() - run.history.seconds
-    disabled = not (sys.stderr.isatty() if o.progress is None else o.progress)
+    disabled = group.rank > 0 or not (sys.stderr.isatty() if o.progress is None else o.progress)
     bar = tqdm(total=o.steps, initial=run.history.steps, disable=disabled, unit="step")
     try:
         while run.history.steps < o.steps and not run.history.stopped_early:
-            loss = run.step(batch(o.generator), o, o.steps - run.history.steps + after * o.steps)
+            loss = run.step(batch(o.generator), o.clip, o.steps - run.history.steps + after * o.steps)
             step = run.history.steps
             run.history.seconds = time.monotonic() - start
             if not bar.disable:
@@ -187,13 +193,14 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
                 bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             if held_out is not None and (step % o.validate_every == 0 or step == o.steps):
                 run.validate(held_out, o.patience)
-            if o.checkpoint is not None and (step % o.checkpoint_every == 0 or step == o.steps or run.history.stopped_early):
+            last = step == o.steps or run.history.stopped_early
+            if group.rank == 0 and o.checkpoint is not None and (step % o.checkpoint_every == 0 or last):
                 run.save(o.checkpoint)
     finally:
         bar.close()
     run.keep_best()
     if shared is not None:
-        shared.update(run.compiler.graphs)
+        shared.update(gradient.compiler.graphs)
     return run.history
 
 
@@ -229,23 +236,25 @@ class _Run:
     optimiser: torch.optim.Optimizer
     scheduler: Any
     generator: torch.Generator
+    gradient: MetaGradient
+    ranks: Ranks
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     since_best: int = 0
-    total: int = 1
     last: list[Tensor] = field(default_factory=list)
-    compiler: StepCompiler = field(init=False)
 
-    def step(self, episode: Episode, o: _Options, remaining: int) -> float:
+    def step(self, episode: Episode, clip: float | None, remaining: int) -> float:
         """One step of θ; returns its loss. Raises TrainingError where it is not finite."""
-        before = self.generator.get_state()
-        found, norm = self.gradients(episode, o, remaining)
-        if self.compiler.used and not (math.isfinite(found.loss.item()) and math.isfinite(norm.item())):
-            self.generator.set_state(before)  # eagerly once more: there every case is told apart
-            found, norm = self.gradients(episode, o)
+        number = self.history.steps + 1
+        found = self.gradient(episode, number, remaining)
+        norm = self.put(found, clip)
+        if self.gradient.compiled and not (math.isfinite(found.loss.item()) and math.isfinite(norm.item())):
+            found = self.gradient(episode, number)  # eagerly once more: there every case is told apart
+            norm = self.put(found, clip)
+        self.history.skipped = self.gradient.skipped
         if not (bool(found.loss.isfinite()) and bool(norm.isfinite())):
             raise TrainingError(
-                f"{self.where}: the loss is {found.loss.item()}, the gradient's norm {norm.item()}; "
+                f"step {number}: the loss is {found.loss.item()}, the gradient's norm {norm.item()}; "
                 "parameters are at their last finite value"
             )
         if not self.last:
@@ -255,95 +264,24 @@ class _Run:
         self.optimiser.step()
         if not _all_finite(self.parameters):
             self.restore(self.last)
-            raise TrainingError(f"{self.where}: the step is not finite; parameters are at their last finite value. Lower the learning rate")
+            raise TrainingError(
+                f"step {number}: the step is not finite; parameters are at their last finite value. Lower the learning rate"
+            )
         if self.scheduler is not None:
             self.scheduler.step()
         self.history.loss.append(found.loss.item())
         return self.history.loss[-1]
 
-    @property
-    def where(self) -> str:
-        return f"step {self.history.steps + 1}"
-
-    def gradients(self, episode: Episode, o: _Options, remaining: int | None = None) -> tuple[Gradients, Tensor]:
-        """Puts a step's gradient into the parameters; returns it and its norm before it was clipped. ``remaining``: None runs eagerly.
-
-        With ``task_chunk`` one chunk of tasks after the other, so that only one graph is held at a time.
-        """
-        size, self.compiler.used = o.task_chunk or episode.num_tasks, False
-        step: Gradients | None = None
-        for first in range(0, episode.num_tasks, size):
-            part = episode if size >= episode.num_tasks else episode.select(slice(first, first + size))
-            found = None if remaining is None else self.compiler(part, remaining * math.ceil(episode.num_tasks / size))
-            found = self.eager(part, o, first) if found is None else found
-            step = found if step is None else merged(step, found)
-        assert step is not None
-        if not len(step.losses):
-            raise TrainingError(
-                f"{self.where}: loss or gradient of all {episode.num_tasks} tasks is not finite; parameters are at their last finite value"
-            )
-        for parameter, gradient in zip(self.parameters, step.gradients, strict=True):
+    def put(self, found: Gradients, clip: float | None) -> Tensor:
+        """Puts a step's gradient into the parameters, clipped; returns its norm before."""
+        for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
             parameter.grad = gradient
-        if o.clip is not None:
-            return step, clip_grad_norm_(self.parameters, o.clip)
-        return step, get_total_norm([g for g in step.gradients if g is not None])
-
-    def eager(self, episode: Episode, o: _Options, first: int) -> Gradients:
-        """Loss and gradient without a graph, bad tasks left out where that is asked for, else TrainingError. ``first``: its number."""
-        start, before = time.perf_counter(), self.generator.get_state()
-        losses, rest = self.losses(episode)
-        bad = ~losses.detach().isfinite()
-        if bool(bad.any()):
-            if o.bad_tasks == "raise":
-                task = int(bad.nonzero()[0])
-                raise TrainingError(
-                    f"{self.where}: the loss of task {first + task} is {losses[task].item()} ({int(bad.sum())} of {len(losses)} tasks); "
-                    "parameters are at their last finite value. Lower inner_lr or the learning rate, give clip=, or bad_tasks='skip'"
-                )
-            episode, losses, rest = self.without(bad, episode, before)
-        found = self.backward(losses, rest)
-        if o.bad_tasks == "skip" and not all(g is None or bool(g.isfinite().all()) for g in found.gradients):
-            bad = self.bad_gradients(episode, before)
-            if bool(bad.any()):
-                episode, losses, rest = self.without(bad, episode, before)
-                found = self.backward(losses, rest)
-        self.compiler.eager_took(time.perf_counter() - start)
-        return found
-
-    def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
-        """The tasks' losses ``(T,)`` and θ's own, under one draw of θ where it is variational."""
-        model = self.learner.model
-        with model.theta_at(model.draw_theta(self.generator)):
-            return self.learner.meta_loss(episode, generator=self.generator), self.learner.global_loss()
-
-    def without(self, bad: Tensor, episode: Episode, state: Tensor) -> tuple[Episode, Tensor, Tensor]:
-        """The other tasks and their losses, anew: the gradient of a loss that is not finite is NaN even when masked."""
-        self.history.skipped += int(bad.sum())
-        episode = episode.select(~bad)
-        if not episode.num_tasks:
-            return episode, bad.new_zeros(0, dtype=torch.float), torch.zeros(())
-        self.generator.set_state(state)
-        return episode, *self.losses(episode)
-
-    def backward(self, losses: Tensor, rest: Tensor) -> Gradients:
-        if not len(losses):
-            return Gradients(losses, torch.zeros(()), [None] * len(self.parameters))
-        loss = losses.mean() + rest / self.total
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        return Gradients(losses.detach(), loss.detach(), list(gradients))
-
-    def bad_gradients(self, episode: Episode, state: Tensor) -> Tensor:
-        """Which tasks have a finite loss and a gradient that is not, ``(T,)``: each alone, since NaN spreads through what they share."""
-        bad = []
-        for task in range(episode.num_tasks):
-            self.generator.set_state(state)
-            losses, _ = self.losses(episode.select(task))
-            gradients = torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
-            bad.append(not all(g is None or bool(g.isfinite().all()) for g in gradients))
-        return torch.tensor(bad)
+        if clip is not None:
+            return clip_grad_norm_(self.parameters, clip)
+        return get_total_norm([g for g in found.gradients if g is not None])
 
     def validate(self, episode: Episode, patience: int | None) -> None:
-        value = float(predictive_nll(self.learner, episode).nanmean())
+        value = self.ranks.agreed(float(predictive_nll(self.learner, episode).nanmean()))
         best = min(self.history.validation, default=float("inf"))
         self.history.validation_step.append(self.history.steps)
         self.history.validation.append(value)
@@ -395,6 +333,20 @@ class _Run:
             self.scheduler.load_state_dict(state["schedule_state"])
         self.generator.set_state(state["generator"])
         self.history, self.best, self.since_best = History(**state["history"]), state["best"], state["since_best"]
+        self.gradient.skipped = self.history.skipped
+
+    def begin_together(self) -> None:
+        """Every process starts where the first one does."""
+        self.ranks.same([*self.learner.parameters(), *self.learner.buffers()])
+        self.generator.set_state(self.ranks.agreed(self.generator.get_state()))
+        self.gradient.noise_seed = self.ranks.agreed(self.gradient.noise_seed)
+
+
+def _seed(generator: torch.Generator) -> int:
+    """A number that the generator's state decides, and that takes nothing from it."""
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    return int(torch.randint(2**62, (), generator=twin, device=generator.device))
 
 
 def _adam(parameters: list[Any]) -> torch.optim.Optimizer:
