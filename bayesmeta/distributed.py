@@ -1,7 +1,7 @@
 """Data parallelism over tasks: every process takes its share of a step's tasks, gradients are added up, all take the same step.
 
-Under ``torchrun`` nothing in a script changes: `meta_train` sees the group of processes by its environment (``WORLD_SIZE``, ``RANK``) or by
-``torch.distributed`` itself, and opens it where nobody has yet, with gloo on CPUs and NCCL on GPUs.
+Under ``torchrun`` nothing in a script changes: `meta_train` and `evaluate` see the group of processes by its environment (``WORLD_SIZE``,
+``RANK``) or by ``torch.distributed`` itself, and open it where nobody has yet, with gloo on CPUs and NCCL on GPUs.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class Ranks(NamedTuple):
         if self.size > 1:
             for value in values:
                 dist.broadcast(value.detach(), 0)
+
+    def gathered(self, value: Value) -> list[Value]:
+        """Every process's ``value``, in their order."""
+        if self.size == 1:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value)
+        return every
 
     def agreed(self, value: Value) -> Value:
         """The first process's ``value``."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .distributed import ranks
 from .episodes import Episode, Points
 from .learners.base import AbstractAdapter, checked_steps
 from .metrics import accuracy, brier, crps, interval_coverage, interval_width, randomized_pit, rmse, task_mean
 from .posteriors import Posterior
 from .predictive import Predictive
-from .report import Bands, Curves, Explanation, LearnerResult, ProbabilityMap, Report
+from .report import Bands, Curves, Explanation, LearnerResult, ProbabilityMap, Report, joined
 from .tasks.base import TaskFamily
 from .truth import Truth, has_two_classes, probability_of_1, truth_of
 
@@ -36,7 +37,7 @@ Units = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 def evaluate(
     adapters: AbstractAdapter | Mapping[str, AbstractAdapter], family: TaskFamily | Episode, *, num_tasks: int | None = None,
     num_draws: int = 100, num_theta: int = 10, seed: int = 0, examples: int = 3, title: str = "Held-out tasks", target: str | None = None,
-    feature: str | None = None, notes: tuple[str, ...] = (), histories: Mapping[str, Any] | None = None,
+    feature: str | None = None, notes: tuple[str, ...] = (), histories: Mapping[str, Any] | None = None, task_chunk: int | None = None,
 ) -> Report:
     """Adapts every adapter to the same support sets, and scores its predictive on the same query sets.
 
@@ -45,7 +46,9 @@ def evaluate(
     over draws; NLL is −log of it, in nats a point. ``num_theta``: draws of θ, where it is variational or by NUTS, among which the
     draws of φ are shared out. ``examples``: how many tasks are kept for pictures, from the smallest support
     set to the largest, ambiguous ones first where the family knows its explanations. ``target``, ``feature``: names for axes.
-    ``histories``: `History` of each learner, for its loss curve.
+    ``histories``: `History` of each learner, for its loss curve. ``task_chunk``: how many tasks are adapted to and predicted at once,
+    which bounds the memory; default all. Under ``torchrun`` each process takes its share of the tasks, and all have the whole report.
+    Draws are taken chunk by chunk, so Monte Carlo error differs with both.
 
     Where the family has ``exact_predictive`` every learner's distance to it is scored, and where it has ``explanations`` how many of
     them its draws find in ambiguous tasks: see `bayesmeta.tasks.TaskFamily` and `docs/evaluation.md`.
@@ -61,6 +64,8 @@ def evaluate(
     for name, adapter in named.items():
         if not isinstance(adapter, AbstractAdapter):
             raise TypeError(f"adapters[{name!r}]: expected a learner, got {_what(adapter)}")
+    if task_chunk is not None:
+        checked_steps("task_chunk", task_chunk, least=1)
     episode = held_out_episode(family, num_tasks, seed)
     episode.check()
     if episode.query.y is None:
@@ -72,11 +77,9 @@ def evaluate(
     tasks = _examples(episode, examples, first=truth.ambiguous)
     names = _task_names(family, episode)
     explained, exact_maps = _explanations(family, truth, episode, tasks, units), _exact_maps(family, truth, episode, tasks, names)
-    shown = Shown(tasks, names, units, explained, exact_maps)
-    results = {
-        name: _result(adapter, episode, truth, shown, num_draws=num_draws, num_theta=num_theta, seed=seed, scale=scale)
-        for name, adapter in named.items()
-    }
+    shown = [_shown(episode, task, names[task], explained.get(task, ())) for task in tasks]
+    ask = _Ask(num_draws, num_theta, seed, scale, units, exact_maps)
+    results = {name: _result(adapter, episode, truth, shown, ask, task_chunk) for name, adapter in named.items()}
     return Report(
         results=results, scored_tasks={k: v.numpy() for k, v in truth.scored_tasks(episode.query).items()},
         explanation_names=truth.names, exact_maps=exact_maps,
@@ -112,26 +115,56 @@ def _what(value: object) -> str:
     return f"the class {value.__name__}: construct it with a model" if isinstance(value, type) else type(value).__name__
 
 
+class _Ask(NamedTuple):
+    """What every learner is asked: draws, their seed, and the units of the answers."""
+
+    num_draws: int
+    num_theta: int
+    seed: int
+    scale: float
+    units: Units
+    exact_maps: tuple[ProbabilityMap, ...]
+
+
 def _result(
-    adapter: AbstractAdapter, episode: Episode, truth: Truth, shown: Shown, *, num_draws: int, num_theta: int, seed: int, scale: float
+    adapter: AbstractAdapter, episode: Episode, truth: Truth, shown: list[Shown], ask: _Ask, task_chunk: int | None
 ) -> LearnerResult:
+    """Chunk after chunk of this process's share of the tasks, and of the other processes', put together."""
+    group = ranks()
+    share, parts = group.share(episode.num_tasks), []
+    size, generator = task_chunk or episode.num_tasks, torch.Generator().manual_seed(ask.seed + group.rank)
+    for first in range(share.start, share.stop, size):
+        here = slice(first, min(first + size, share.stop))
+        parts.append(_part(adapter, episode.select(here), truth.select(here), first, shown, ask, generator))
+    whole = joined([part for some in group.gathered(parts) for part in some])
+    places = [one.task for one in shown]  # from the smallest support set to the largest
+    bands = tuple(sorted(whole.bands, key=lambda band: places.index(band.task)))
+    maps = tuple(sorted(whole.maps, key=lambda one: places.index(one.task)))
+    return replace(whole, bands=bands, maps=maps)
+
+
+def _part(
+    adapter: AbstractAdapter, episode: Episode, truth: Truth, first: int, shown: list[Shown], ask: _Ask, generator: torch.Generator
+) -> LearnerResult:
+    """Of the tasks from number ``first`` on."""
     query = adapter.prepared(episode.query, "query")
-    generator = torch.Generator().manual_seed(seed)
     model = adapter.model
     before = model.gradient_evaluations
     start = time.perf_counter()
-    posterior = adapter.adapt_over_theta(episode.support, num_theta=num_theta, generator=generator)
-    predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator)
+    posterior = adapter.adapt_over_theta(episode.support, num_theta=ask.num_theta, generator=generator)
+    predictive = posterior.predict(query.x, None if posterior.is_point else ask.num_draws, generator=generator)
     seconds = time.perf_counter() - start
     gradients = model.gradient_evaluations - before
+    here = range(first, first + episode.num_tasks)
     with torch.no_grad():
-        scores, arrays = _scores(predictive, query, generator, scale)
-        scores |= truth.scores(posterior, predictive, scores["nll"], query.mask, num_draws=num_draws, generator=_seeded(seed))
-        sites = _site_means(posterior, num_draws, generator)
+        scores, arrays = _scores(predictive, query, generator, ask.scale)
+        scores |= truth.scores(posterior, predictive, scores["nll"], query.mask, num_draws=ask.num_draws, generator=_seeded(ask.seed))
+        sites = _site_means(posterior, ask.num_draws, generator)
     return LearnerResult(
         metrics={k: v.cpu().numpy() for k, v in scores.items()}, **arrays, seconds=seconds, gradient_evaluations=gradients,
         sites={k: v.cpu().numpy() for k, v in sites.items()},
-        bands=_bands(adapter, posterior, episode, shown, num_draws, seed), maps=_maps(posterior, shown.exact_maps, num_draws, seed),
+        bands=_bands(adapter, posterior, episode, first, [one for one in shown if one.task in here], ask),
+        maps=_maps(posterior, first, tuple(one for one in ask.exact_maps if one.task in here), ask.num_draws, ask.seed),
         diagnostics=posterior.diagnostics, settings=_settings(adapter),
     )  # fmt: skip
 
@@ -174,13 +207,20 @@ def _settings(adapter: AbstractAdapter) -> dict[str, Any]:
 
 
 class Shown(NamedTuple):
-    """The ``tasks`` whose pictures are kept, the ``names`` of all, and what is drawn beside every learner's answer."""
+    """A task whose pictures are kept: the values ``grid (G,)`` of its first input, the ``inputs (G, F)`` there, and its explanations."""
 
-    tasks: list[int]
-    names: list[str]
-    units: Units
-    explained: dict[int, tuple[Explanation, ...]]
-    exact_maps: tuple[ProbabilityMap, ...]
+    task: int
+    name: str
+    grid: Tensor
+    inputs: Tensor
+    explanations: tuple[Explanation, ...]
+
+
+def _shown(episode: Episode, task: int, name: str, explanations: tuple[Explanation, ...]) -> Shown:
+    if episode.support.x.dim() != 3:
+        return Shown(task, name, torch.empty(0), torch.empty(0), ())
+    grid = _grid(episode, task)
+    return Shown(task, name, grid, _inputs(episode, task, grid), explanations)
 
 
 def _examples(episode: Episode, wanted: int, *, first: Tensor) -> list[int]:
@@ -194,33 +234,33 @@ def _examples(episode: Episode, wanted: int, *, first: Tensor) -> list[int]:
 
 
 def _bands(
-    adapter: AbstractAdapter, posterior: Posterior, episode: Episode, shown: Shown, num_draws: int, seed: int
+    adapter: AbstractAdapter, posterior: Posterior, episode: Episode, first: int, shown: list[Shown], ask: _Ask
 ) -> tuple[Bands, ...]:
-    tasks, y = shown.tasks, episode.query.y
+    """Of the tasks ``shown``, which are among those of ``posterior`` and ``episode``; task number ``first`` is their first."""
+    tasks, y = [one.task - first for one in shown], episode.query.y
     if not tasks or episode.support.x.dim() != 3 or y is None or (y.dim() > 2 and y.shape[-1] != 1):
         return ()
-    grids = [_grid(episode, task) for task in tasks]
-    inputs = torch.stack([_inputs(episode, task, grid) for task, grid in zip(tasks, grids, strict=True)])
-    after = _curves(posterior.select(tasks), inputs, num_draws, seed)
+    inputs = torch.stack([one.inputs for one in shown])
+    after = _curves(posterior.select(tasks), inputs, ask.num_draws, ask.seed)
     if after is None:  # classes have no curve, and some classifiers no answer to an empty support
         return ()
     support = episode.support.select(tasks)
     empty = Points(support.x, support.y, torch.zeros_like(support.mask))
-    before = _curves(adapter.adapt(empty, generator=_seeded(seed)), inputs, num_draws, seed)
+    before = _curves(adapter.adapt(empty, generator=_seeded(ask.seed)), inputs, ask.num_draws, ask.seed)
     if before is None:
         return ()
-    x_units, y_units = shown.units
+    x_units, y_units = ask.units
     bands = []
-    for i, task in enumerate(tasks):
+    for i, (one, task) in enumerate(zip(shown, tasks, strict=True)):
         sets = []
         for points in episode:
             real = points.mask[task]
             assert points.y is not None
             sets += [x_units(points.x[task, real, 0]).numpy(), y_units(points.y[task, real].flatten()).numpy()]
-        curves = [_one(c, i, grids[i], shown.units) for c in (before, after)]
+        curves = [_one(c, i, one.grid, ask.units) for c in (before, after)]
         bands.append(Bands(
-            task=task, name=shown.names[task], before=curves[0], after=curves[1],
-            support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3], explanations=shown.explained.get(task, ()),
+            task=one.task, name=one.name, before=curves[0], after=curves[1],
+            support_x=sets[0], support_y=sets[1], query_x=sets[2], query_y=sets[3], explanations=one.explanations,
         ))  # fmt: skip
     return tuple(bands)
 
@@ -265,12 +305,14 @@ def _exact_maps(
     )  # fmt: skip
 
 
-def _maps(posterior: Posterior, exact: tuple[ProbabilityMap, ...], num_draws: int, seed: int) -> tuple[ProbabilityMap, ...]:
-    """What a learner makes of the tasks and the grids of the ``exact`` maps."""
+def _maps(
+    posterior: Posterior, first: int, exact: tuple[ProbabilityMap, ...], num_draws: int, seed: int
+) -> tuple[ProbabilityMap, ...]:
+    """What a learner makes of the tasks and the grids of the ``exact`` maps; its posterior begins with task number ``first``."""
     if not exact:
         return ()
     x = torch.stack([_lattice(*(torch.tensor(v, dtype=torch.get_default_dtype()) for v in (m.first, m.second))) for m in exact])
-    p = posterior.select([m.task for m in exact]).predict(x, None if posterior.is_point else num_draws, generator=_seeded(seed))
+    p = posterior.select([m.task - first for m in exact]).predict(x, None if posterior.is_point else num_draws, generator=_seeded(seed))
     if not has_two_classes(p):
         return ()
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, final
 
@@ -54,6 +54,17 @@ class Truth:
     real: Tensor | None = None
     curves: Tensor | None = None
 
+    def select(self, here: slice) -> Truth:
+        """Of the chosen tasks, in order."""
+        part: dict[str, Any] = {k: None if (v := getattr(self, k)) is None else v[here] for k in ("nll", "probs")}
+        part["probabilities"] = None if self.probabilities is None else self.probabilities[:, here]
+        rows = self.ambiguous.nonzero()[:, 0]
+        start, stop, _ = here.indices(len(self.ambiguous))
+        few = (rows >= start) & (rows < stop)
+        part |= {k: None if (v := getattr(self, k)) is None else v[few] for k in ("inputs", "real")}
+        part["curves"] = None if self.curves is None else self.curves[:, few]
+        return replace(self, ambiguous=self.ambiguous[here], **part)
+
     def scored_tasks(self, query: Points) -> dict[str, Tensor]:
         """Which tasks each metric is of, ``(T,)``, where these are not all that have query points."""
         tasks = {"mode_coverage": self.ambiguous} if self.curves is not None else {}
@@ -84,6 +95,8 @@ class Truth:
     def _mode_coverage(self, posterior: Posterior, num_draws: int, generator: torch.Generator) -> Tensor:
         assert self.curves is not None and self.real is not None
         tasks = self.ambiguous.nonzero()[:, 0]
+        if not len(tasks):
+            return torch.full(self.ambiguous.shape, torch.nan)
         here = posterior.select(tasks.tolist())
         draws = here.predict(self.inputs, None if posterior.is_point else num_draws, generator=generator).means.cpu().double()
         modes = self.curves.double()

@@ -34,7 +34,9 @@ MAY_IMPORT = {
     "meta_gradient": {"compiling", "distributed", "episodes", "learners.base"},
     "training": {"checkpoints", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "metrics", "plots", "tasks.base"},
     "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
-    "evaluation": {"episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth", "__version__"},
+    "evaluation": {
+        "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth", "__version__",
+    },
     "recipes": {"episodes", "learners", "likelihoods", "model", "networks", "tasks"},
     "comparison": {"evaluation", "learners.base", "recipes", "report", "tasks", "training"},
     "cli": {"comparison", "learners.base", "recipes", "survey", "tasks", "training", "__version__"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayesmeta import Episode, HierarchicalModel, meta_train
+from bayesmeta import Episode, HierarchicalModel, evaluate, meta_train
 from bayesmeta.checkpoints import load_checkpoint
 from bayesmeta.distributed import Ranks
 from bayesmeta.learners import ABML, MAML
@@ -49,13 +49,22 @@ def train(kind, folder, family, **options):
     return {"state": learner.state_dict(), "loss": history.loss, "skipped": history.skipped, "generator": generator.get_state()}
 
 
+def scored(kind, folder, family):
+    """The report of an evaluation, as each process has it."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    report = evaluate(MAML(HierarchicalModel(hyper_program), inner_steps=2, inner_lr=0.05), family, num_tasks=7, task_chunk=2)
+    result = report.results["MAML"]
+    return {"nll": result.metrics["nll"].tolist(), "bands": [band.task for band in result.bands]}
+
+
 def run(arguments, folder):
     """The body of a process: what `train` gives is left in ``folder``, by number; an error is left as its text."""
     family = Tasks(bad="bad" in arguments, lost="lost" in arguments)
     options = {"bad_tasks": "skip"} if "skip" in arguments else {}
     name = Path(folder) / f"rank{os.environ['RANK']}"
     try:
-        torch.save(train(arguments[0], folder, family, **options), name)
+        torch.save((scored if "scored" in arguments else train)(arguments[0], folder, family, **options), name)
     except Exception as error:
         name.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
         raise
@@ -123,6 +132,13 @@ def test_a_lost_process_ends_the_run_and_leaves_the_checkpoint(tmp_path):
     assert all(processes(["MAML", "lost"], tmp_path))
     assert len(load_checkpoint(tmp_path / "checkpoint")["history"]["loss"]) == 2
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_an_evaluation_is_shared_out_and_every_process_has_all_of_it(tmp_path, float64):
+    assert processes(["MAML", "scored"], tmp_path) == [0, 0]
+    alone = scored("MAML", tmp_path, Tasks())
+    for each in (torch.load(tmp_path / f"rank{k}") for k in range(2)):
+        assert each["bands"] == alone["bands"] and each["nll"] == pytest.approx(alone["nll"], abs=1e-12)
 
 
 @pytest.mark.parametrize(("count", "size"), [(5, 2), (6, 3), (1, 4), (0, 2), (1000, 7)])

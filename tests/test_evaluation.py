@@ -15,7 +15,7 @@ from bayesmeta import AbstractAdapter, Episode, HierarchicalModel, Particles, Po
 from bayesmeta.learners import ABML, LLAMA, MAML, NUTS, CompletePooling, Exact, NoPooling
 from bayesmeta.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesmeta.networks import WeightNetwork
-from bayesmeta.tasks import LinearGaussian, Panel, Sinusoid
+from bayesmeta.tasks import Circles, LinearGaussian, Panel, SineOrLine, Sinusoid
 
 from .conftest import episode, linear_program, positive_program, radon_program, ragged
 
@@ -229,6 +229,40 @@ def test_the_seed_fixes_everything(known):
     two, other = evaluate(ABML(model), family, num_tasks=5, seed=1), evaluate(ABML(model), family, num_tasks=5, seed=2)
     assert_same_result(one.results["ABML"], two.results["ABML"])
     assert not np.allclose(one.results["ABML"].metrics["nll"], other.results["ABML"].metrics["nll"])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_tasks_in_chunks_have_the_same_scores(chunk):
+    """A point estimate and the exact posterior's mean draw nothing: to rounding. Pictures are of the same tasks in the same order."""
+    family = SineOrLine(num_support=(2, 5), num_query=4)
+    torch.manual_seed(0)
+    net = WeightNetwork(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)))
+    learner = MAML(HierarchicalModel.from_network(net, Gaussian()))
+    one, other = (evaluate(learner, family, num_tasks=20, task_chunk=size) for size in (None, chunk))
+    a, b = one.results["MAML"], other.results["MAML"]
+    assert a.metrics.keys() == b.metrics.keys() and "mode_coverage" in a.metrics
+    for name in a.metrics:
+        if name != "crps":  # by draws
+            np.testing.assert_allclose(a.metrics[name], b.metrics[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(a.pit, b.pit, atol=1e-5)
+    assert [band.name for band in a.bands] == [band.name for band in b.bands] and len(a.bands) == 3
+    for left, right in zip(a.bands, b.bands, strict=True):
+        np.testing.assert_allclose(left.after.mean, right.after.mean, atol=1e-4)
+        assert len(left.explanations) == len(right.explanations)
+    assert a.gradient_evaluations == b.gradient_evaluations == 1
+
+
+def test_maps_and_classes_in_chunks():
+    family = Circles(num_positive=(1, 3))
+    torch.manual_seed(0)
+    net = WeightNetwork(nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)))
+    learner = MAML(HierarchicalModel.from_network(net, Bernoulli()))
+    one, other = (evaluate(learner, family, num_tasks=9, task_chunk=size).results["MAML"] for size in (None, 4))
+    np.testing.assert_allclose(one.probs, other.probs, atol=1e-6)
+    np.testing.assert_allclose(one.metrics["nll_gap"], other.metrics["nll_gap"], atol=1e-6)
+    np.testing.assert_allclose(one.maps[-1].probs, other.maps[-1].probs, atol=2e-3)
+    assert [m.task for m in one.maps] == sorted([m.task for m in one.maps], key=[m.task for m in one.maps].index)
+    assert {m.task for m in one.maps} == {m.task for m in other.maps}
 
 
 def test_nothing_outside_is_changed(known):

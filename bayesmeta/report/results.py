@@ -6,8 +6,8 @@ Axes: ``T`` tasks, ``N`` query points of the longest task, ``G`` (and ``H``) poi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import numpy as np
@@ -215,3 +215,35 @@ class LearnerResult:
             k: v for k, v in (("pit", self.pit), ("probs", self.probs), ("labels", self.labels)) if v is not None
         }
         return arrays
+
+
+def joined(parts: Sequence[LearnerResult]) -> LearnerResult:
+    """One learner's results on some tasks after the other. Seconds and gradients add up, and so do counts among the diagnostics.
+
+    Of diagnostics that begin with "max_" or "min_" the largest or smallest is kept.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    arrays: dict[str, Any] = {name: None if getattr(first, name) is None else np.concatenate([getattr(part, name) for part in parts])
+              for name in ("pit", "probs", "labels")}  # fmt: skip
+    records: dict[str, Any] = {name: {key: np.concatenate([getattr(part, name)[key] for part in parts]) for key in getattr(first, name)}
+               for name in ("metrics", "sites")}  # fmt: skip
+    found: dict[str, list[float | str]] = {}
+    for part in parts:
+        for key, value in part.diagnostics.items():
+            found.setdefault(key, []).append(value)
+    diagnostics = {key: _summary(key, values) for key, values in found.items()}
+    tasks = sum(len(next(iter(part.metrics.values()))) for part in parts)
+    gradients = sum(part.gradient_evaluations * len(next(iter(part.metrics.values()))) for part in parts) / tasks
+    return replace(
+        first, **arrays, **records, diagnostics=diagnostics, seconds=sum(part.seconds for part in parts), gradient_evaluations=gradients,
+        bands=tuple(band for part in parts for band in part.bands), maps=tuple(one for part in parts for one in part.maps),
+    )  # fmt: skip
+
+
+def _summary(key: str, values: list[float | str]) -> float | str:
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) < len(values):
+        return values[0]
+    return max(numbers) if key.startswith("max_") else min(numbers) if key.startswith("min_") else sum(numbers)
