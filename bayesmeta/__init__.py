@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from . import learners, likelihoods, metrics, networks, plots, tasks
 from .checkpoints import CheckpointError
 from .comparison import compare
+from .compiled import Compiled
 from .episodes import Episode, Points
 from .evaluation import evaluate
 from .full_bayes import sample_theta
@@ -26,6 +27,7 @@ __all__ = [
     "AbstractAdapter",
     "AbstractMetaLearner",
     "CheckpointError",
+    "Compiled",
     "Episode",
     "FunctionPosterior",
     "HierarchicalModel",

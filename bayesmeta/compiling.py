@@ -157,7 +157,7 @@ class StepCompiler:
             step = self._step(key, episode, remaining)
             found = None if step is None else self._taken(step, episode, before)
         except Exception as error:  # whatever a program or a tracer may raise; the eager step that follows raises it again where it is real
-            self._give_up(f"{type(error).__name__}: {_first_lines(error)}")
+            self._give_up(f"{type(error).__name__}: {first_lines(error)}")
             found = None
         if found is None:
             self.generator.set_state(before)
@@ -203,7 +203,7 @@ class StepCompiler:
                 step.run = self.backend(step.module, self._inputs(step, episode))
         except Exception as error:  # whatever a compiler may raise: none installed, an operation it does not know
             self.can_compile = False
-            self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {_first_lines(error)}")
+            self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {first_lines(error)}")
             return
         finally:
             self.generator.set_state(before)
@@ -250,8 +250,8 @@ class StepCompiler:
         how = "compiled" if step.compiled else "traced"
         if not torch.equal(after, self.generator.get_state()):
             self._give_up(f"the {how} step draws other random numbers than the eager one", quietly=step.lent)
-        elif (gap := difference(found, wanted)) > tolerance(found.loss.dtype):
-            why = f"loss or gradients of the {how} step differ from the eager one's by {gap:.1e} of their size"
+        elif (far := difference(found, wanted)) > tolerance(found.loss.dtype):
+            why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
             self._give_up(why, quietly=step.lent)
 
     def _check_disturbed(self, step: TracedStep, episode: Episode) -> None:
@@ -302,14 +302,10 @@ class StepCompiler:
             return [found.losses, found.loss, *(g for g in found.gradients if g is not None)]
 
         before, evaluations = self.generator.get_state(), model.gradient_evaluations
-        module = make_fx(step)(*self._state, *_tensors(episode))
+        module = trace(step, [*self._state, *_tensors(episode)])
         self.generator.set_state(before)
         evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
-        if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
-            raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
-        if any(_has_dynamic_shape(node) for node in module.graph.nodes):
-            raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
-        random = any(_is_random(node) for node in module.graph.nodes)
+        random = is_random(module)
         noise = draw_noise_outside(module)
         return TracedStep(module, noise, random, reached, evaluations, module)
 
@@ -334,6 +330,16 @@ class StepCompiler:
         return True
 
 
+def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
+    """``function`` of tensors as a graph, traced on ``inputs``. Raises what tracing raises, RuntimeError where no graph is equal to it."""
+    module = make_fx(function)(*inputs)
+    if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
+        raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
+    if any(_has_dynamic_shape(node) for node in module.graph.nodes):
+        raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
+    return module
+
+
 def disturbed(episode: Episode) -> Episode:
     """The same tasks and points in another order, and of every second task one point fewer, where it has several."""
 
@@ -354,8 +360,8 @@ def difference(found: Gradients, wanted: Gradients) -> float:
         return math.inf
     here = [(a, b) for a, b in gradients if a is not None and b is not None]
     floor = 0.01 * max((b.abs().max().item() for _, b in here if b.numel()), default=0.0)
-    gaps = [_gap(a, b, 0.0) for a, b in pairs] + [_gap(a, b, floor) for a, b in here if b.numel()]
-    return max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
+    gaps = [gap(a, b, 0.0) for a, b in pairs] + [gap(a, b, floor) for a, b in here if b.numel()]
+    return max(gaps, key=lambda one: math.inf if math.isnan(one) else one)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -404,6 +410,11 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
     return GraphModule(module, drawn)
 
 
+def is_random(module: GraphModule) -> bool:
+    """Whether the graph draws random numbers."""
+    return any(_is_random(node) for node in module.graph.nodes)
+
+
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
@@ -432,15 +443,17 @@ def _is_small(value: Tensor | None) -> bool:
     return low.item() >= -LARGEST_TARGET and high.item() <= LARGEST_TARGET
 
 
-def _gap(found: Tensor, wanted: Tensor, floor: float) -> float:
+def gap(found: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
+    """The largest difference as a share of the size of ``wanted``, at least ``floor``; infinite where shapes differ."""
     if found.shape != wanted.shape:
         return math.inf
     size = max(wanted.abs().max().item(), floor)
-    gap = (found - wanted).abs().max().item()
-    return gap / size if size else math.inf * gap if gap else 0.0
+    most = (found - wanted).abs().max().item()
+    return most / size if size else math.inf * most if most else 0.0
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
+    """The error's text in one line, shortened; of a value that Python looks at, what that means."""
     text = str(error).strip()
     if "value out of a tracing tensor" in text:
         return "a value is looked at from Python (if, float, item), which a graph cannot follow"

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "plots": {"metrics"},
     "report": {"metrics", "plots"},
     "compiling": {"episodes", "learners.base", "randomness"},
+    "compiled": {"compiling", "episodes", "learners.base", "posteriors", "randomness"},
     "distributed": set(),
     "meta_gradient": {"compiling", "distributed", "episodes", "learners.base"},
     "training": {"checkpoints", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "metrics", "plots", "tasks.base"},

@@ -1,0 +1,140 @@
+"""`Compiled`: an adapter whose `adapt` runs as a compiled graph, for many calls with support sets of one shape."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+import torch.distributions
+from torch import Tensor
+from torch.nn.utils import stateless
+
+from .compiling import Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
+from .episodes import Points
+from .learners.base import AbstractAdapter
+from .posteriors import Posterior, TaskPosterior
+from .randomness import rng
+
+SHAPES = 8  # graphs kept; the one unused for longest goes first
+
+
+class _Traced(NamedTuple):
+    """``run`` gives the tensors of ``template``, a distribution made while the graph was traced, in their order."""
+
+    run: Run
+    noise: Callable[[], Any] | None
+    random: bool
+    template: Any
+    diagnostics: dict[str, float | str]
+
+
+class Compiled(AbstractAdapter):
+    """``adapter`` with its `adapt` traced and compiled at the first call with a new shape, which takes 5–40 seconds.
+
+    The posterior is ``adapter``'s own to rounding, from the same random numbers; every new graph is held to it once. What cannot be traced
+    (a flow, whose posterior is a network; Newton's method) stays eager, and a RuntimeWarning says why. Only for adaptation: train
+    ``adapter`` itself.
+    """
+
+    def __init__(self, adapter: AbstractAdapter, *, backend: Backend | None = None) -> None:
+        super().__init__(adapter.model)
+        self.adapter, self.backend, self.members = adapter, backend or inductor, adapter.members
+        self.why_eager = adapter.why_eager
+        self._graphs: OrderedDict[Any, _Traced] = OrderedDict()
+
+    def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
+        """As the adapter's own."""
+        points = self.prepared(support)
+        data = [v for v in points if v is not None]
+        key = tuple((v.shape, v.dtype, v.device) for v in data)
+        if self.why_eager is None and key not in self._graphs:
+            state = torch.empty(0) if generator is None else generator.get_state()
+            try:
+                self._graphs[key] = self._traced(points, data, generator)
+            except Exception as error:  # whatever a program, a tracer or a compiler may raise
+                self.why_eager = f"{type(error).__name__}: {first_lines(error)}"
+                message = f"{type(self.adapter).__name__}: adaptation is not compiled: {self.why_eager}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            if generator is not None:
+                generator.set_state(state)
+            if len(self._graphs) > SHAPES:
+                self._graphs.popitem(last=False)
+        if self.why_eager is not None:
+            return self.adapter.adapt(support, generator=generator)
+        self._graphs.move_to_end(key)
+        step = self._graphs[key]
+        return self.adapter.posterior(self._distribution(step, data, generator), dict(step.diagnostics))
+
+    def _distribution(self, step: _Traced, data: list[Tensor], generator: torch.Generator | None) -> Any:
+        with torch.no_grad(), rng(generator) if step.random else nullcontext():
+            noise = () if step.noise is None else step.noise()
+            values = step.run(*self._state(), *data, *noise)
+        memo: dict[int, Any] = {id(old): new for old, new in zip(_tensors(step.template), values, strict=True)}
+        return copy.deepcopy(step.template, memo)
+
+    def _state(self) -> list[Tensor]:
+        return [v.detach() for v in (*self.adapter.parameters(), *self.adapter.buffers())]
+
+    def _traced(self, points: Points, data: list[Tensor], generator: torch.Generator | None) -> _Traced:
+        adapter = self.adapter
+        names = [name for name, _ in (*adapter.named_parameters(), *adapter.named_buffers())]
+        made: list[TaskPosterior] = []
+
+        def function(*inputs: Tensor) -> list[Tensor]:
+            state, data = dict(zip(names, inputs, strict=False)), Points(*inputs[len(names) :])
+            unlooked = adapter.model.data_ready(), pyro.validation_enabled(False)  # values are not looked at
+            with stateless._reparametrize_module(adapter, state, tie_weights=True), unlooked[0], unlooked[1]:
+                posterior = adapter.adapt(data)
+            if not isinstance(posterior, TaskPosterior):
+                raise TypeError(f"its posterior is a {type(posterior).__name__}, with no distribution over φ")
+            made[:] = [posterior]
+            return list(_tensors(posterior.distribution))
+
+        inputs = [*self._state(), *data]
+        with rng(None):
+            module = trace(function, inputs)
+        template, random = made[0].distribution, is_random(module)
+        noise = draw_noise_outside(module)
+        state = torch.empty(0) if generator is None else generator.get_state()
+        with torch.no_grad(), rng(None):
+            extra = () if noise is None else noise()
+            run = self.backend(module, [*inputs, *extra])
+        step = _Traced(run, noise, random, template, made[0].diagnostics)
+        found = self._distribution(step, data, generator)
+        if generator is not None:
+            generator.set_state(state)
+        wanted = adapter.adapt(points, generator=generator)
+        assert isinstance(wanted, TaskPosterior)
+        pairs = zip(_tensors(found), _tensors(wanted.distribution), strict=True)
+        far = [gap(a, b) for a, b in pairs if b.is_floating_point() and b.numel()]
+        if not all(one <= tolerance(wanted.mean.dtype) for one in far):
+            raise RuntimeError(f"the compiled posterior differs from the eager one by {max(far):.1e} of its size")
+        return step
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that a distribution is made of, each once."""
+    seen = set[int]()
+    for part in _parts(value):
+        if isinstance(part, Tensor) and id(part) not in seen:
+            seen.add(id(part))
+            yield part
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _parts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _parts(part)
+    elif isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
+        yield from _parts(vars(value))

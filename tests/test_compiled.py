@@ -1,0 +1,97 @@
+"""`bayesmeta.Compiled`: the adapter's own posterior, from the same random numbers, whatever the learner."""
+
+import pytest
+import torch
+from torch import nn
+
+from bayesmeta import Compiled, HierarchicalModel, evaluate
+from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, NoPooling, Reptile
+from bayesmeta.likelihoods import Gaussian
+from bayesmeta.networks import NormalPrior, WeightNetwork
+
+from .conftest import episode, radon_program
+
+LEARNERS = {
+    "MAML": lambda m: MAML(m, inner_steps=2, inner_lr=0.02),
+    "ABML": lambda m: ABML(m, inner_steps=2, inner_lr=0.01),
+    "BMAML": lambda m: BMAML(m, inner_steps=2, num_particles=4, inner_lr=1e-3),
+    "LLAMA": lambda m: LLAMA(m, inner_steps=2, inner_lr=0.02),
+    "PLATIPUS": lambda m: PLATIPUS(m, inner_steps=2),
+    "Reptile": lambda m: Reptile(m, inner_steps=2),
+    "BayesianBlackBox": lambda m: BayesianBlackBox(m, hidden=8),
+    "BayesianBlackBox full": lambda m: BayesianBlackBox(m, hidden=8, posterior="full"),
+    "BlackBox": lambda m: BlackBox(m, hidden=8),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    net = WeightNetwork(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)))
+    return HierarchicalModel.from_network(net, Gaussian(), NormalPrior.of(net, 0.5))
+
+
+def as_traced(module, inputs):
+    return module
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("model", [lambda: HierarchicalModel(radon_program), network], ids=["radon", "network"])
+@pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
+def test_it_is_the_adapters_own_posterior(make, model, float64):
+    """On new data of the same shape, with moved parameters, draws and all; the graph is traced once."""
+    torch.manual_seed(1)
+    graphs = []
+    learner = make(model())
+    compiled = Compiled(learner, backend=lambda module, inputs: graphs.append(module) or module)
+    for k in range(3):
+        support = episode(seed=k).support
+        found, wanted = compiled.adapt(support, generator=seeded()), learner.adapt(support, generator=seeded())
+        torch.testing.assert_close(found.mean, wanted.mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.draws(5, generator=seeded()), wanted.draws(5, generator=seeded()), rtol=0, atol=1e-12)
+        assert type(found.distribution) is type(wanted.distribution)
+        with torch.no_grad():
+            for parameter in learner.parameters():
+                parameter += 0.01
+    assert len(graphs) == 1
+    compiled.adapt(episode((2, 2)).support)
+    assert len(graphs) == 2
+
+
+def test_it_is_compiled(float64):
+    learner = MAML(HierarchicalModel(radon_program))
+    compiled, support = Compiled(learner), episode().support
+    torch.testing.assert_close(compiled.adapt(support).mean, learner.adapt(support).mean, rtol=0, atol=1e-12)
+
+
+def test_it_stands_beside_other_learners():
+    learner = MAML(HierarchicalModel(radon_program), inner_lr=0.05)
+    report = evaluate({"eager": learner, "compiled": Compiled(learner, backend=as_traced)}, episode())
+    assert report.results["compiled"].metrics["nll"] == pytest.approx(report.results["eager"].metrics["nll"], abs=1e-6)
+
+
+def test_what_cannot_be_traced_stays_eager_and_says_why():
+    learner = NoPooling(HierarchicalModel(radon_program))
+    torch.testing.assert_close(Compiled(learner).adapt(episode().support).mean, learner.adapt(episode().support).mean)
+    flow, support = BayesianBlackBox(HierarchicalModel(radon_program), hidden=8, posterior="flow"), episode().support
+    with pytest.warns(RuntimeWarning, match=r"BayesianBlackBox: adaptation is not compiled"):
+        found = Compiled(flow).adapt(support, generator=seeded())
+    assert torch.equal(found.draws(2, generator=seeded()), flow.adapt(support, generator=seeded()).draws(2, generator=seeded()))
+    learner = MAML(HierarchicalModel(radon_program))
+    compiled = Compiled(learner, backend=lambda module, inputs: (lambda *values: [v + 1 for v in module(*values)]))
+    with pytest.warns(RuntimeWarning, match=r"MAML: adaptation is not compiled: .*differs from the eager one"):
+        found = compiled.adapt(episode().support)
+    torch.testing.assert_close(found.mean, learner.adapt(episode().support).mean)
+    compiled.adapt(episode().support)  # once is enough
+
+
+def test_a_task_that_diverges_is_told():
+    """φ overflows in the second task alone, of the same shape as the data that the graph was traced on."""
+    compiled, support = Compiled(MAML(HierarchicalModel(radon_program)), backend=as_traced), episode().support
+    compiled.adapt(support)
+    x = support.x.clone()
+    x[1] *= 1e30
+    with pytest.warns(RuntimeWarning, match="MAML: the adaptation of 1 of 4 tasks diverged"):
+        compiled.adapt(support._replace(x=x))
