@@ -145,7 +145,10 @@ class AbstractLazyModule(nn.Module, ABC):
 
 
 class LazyParameter(AbstractLazyModule):
-    """A learned tensor: ``make(model)`` gives its first value once the program is read."""
+    """A learned tensor: ``make(model)`` gives its first value once the program is read.
+
+    ``make``: a function of a module or a method, which a learner can be pickled with; a lambda cannot.
+    """
 
     def __init__(self, make: Callable[[HierarchicalModel], Tensor]) -> None:
         super().__init__()
@@ -157,6 +160,11 @@ class LazyParameter(AbstractLazyModule):
         """Makes the parameter, once."""
         if self.value is None:
             self.value = nn.Parameter(self.make(model).detach().clone())
+
+
+def prior_mean(model: HierarchicalModel) -> Tensor:
+    """E[φ | θ] of one made-up task in packed space, ``(D,)``: what the first value of a `LazyParameter` is made from."""
+    return model.initial(model.made_up_points(1, 1))[0]
 
 
 def checked_steps(name: str, value: int, *, least: int = 0) -> int:

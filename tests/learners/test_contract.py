@@ -1,5 +1,6 @@
 """What every learner promises, run over a dictionary name → constructor. A new learner is one line here."""
 
+import pickle
 import warnings
 
 import pyro
@@ -367,6 +368,18 @@ def test_float32_and_unmaterialised(name):
     posterior = learner.adapt(support, generator=seeded())
     assert posterior.mean.dtype == torch.float32
     assert posterior.mean.isfinite().all()
+
+
+@every_learner
+@pytest.mark.parametrize("materialised", [False, True])
+def test_a_pickled_learner_adapts_as_before(name, materialised):
+    torch.set_default_dtype(torch.float64)
+    learner, e = LEARNERS[name](HierarchicalModel(radon_program)), data("user program")
+    if materialised:
+        learner.materialise(e.support)
+    twin = pickle.loads(pickle.dumps(learner))
+    pairs = zip(*(numbers(one.adapt(e.support, generator=seeded())) for one in (learner, twin)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_warning_filter_is_needed():
