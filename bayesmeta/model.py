@@ -65,6 +65,7 @@ class HierarchicalModel(nn.Module):
         self.gradient_evaluations = 0.0
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows the device and dtype that .to() asked for
         self._default_dtype = torch.get_default_dtype()
+        self.register_load_state_dict_pre_hook(refuse_unread)
         if example is not None:
             self.materialise(example)
 
@@ -305,6 +306,11 @@ class HierarchicalModel(nn.Module):
     def dim(self) -> int:
         """``D``, how many unconstrained reals a task's parameters take."""
         return sum(site.size for site in self.sites)
+
+    @property
+    def has_seen_data(self) -> bool:
+        """Whether the program has been read, so that θ and `dim` are known."""
+        return self._sites is not None
 
     @property
     def sites(self) -> list[Site]:
@@ -652,6 +658,21 @@ class ProgramPrior(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """``(*S, T, D)`` to ``(*S, T)``, the Jacobian of the packing included."""
         return self.model.log_prior(value, self.points)
+
+
+def refuse_unread(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: RuntimeError where a model in ``module`` that has not seen data would not keep all of it."""
+    unread = [part for part in module.modules() if isinstance(part, HierarchicalModel) and not part.has_seen_data]
+    if not unread:
+        return
+    known = module.state_dict(prefix=prefix)
+    unknown = sorted(name for name in state_dict if name.startswith(prefix) and name not in known)
+    if unknown or any(model._start is not None for model in unread):
+        raise RuntimeError(
+            f"load_state_dict: this {type(module).__name__} has not seen data yet, so "
+            + (f"it has no place for {', '.join(map(repr, unknown))}" if unknown else "its starting point is still to come")
+            + ": give HierarchicalModel(program, example=points), or call materialise(points) first"
+        )
 
 
 def point_divergence(here: Any, there: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..episodes import Episode, Points
-from ..model import HierarchicalModel, announce
+from ..model import HierarchicalModel, announce, refuse_unread
 from ..posteriors import MixturePosterior, Posterior, TaskPosterior
 from ..randomness import rng
 
@@ -29,6 +29,7 @@ class AbstractAdapter(nn.Module, ABC):
             raise TypeError(f"model: expected a HierarchicalModel, got {type(model).__name__}; write HierarchicalModel(program)")
         self.model = model
         self.members = ()  # an ensemble's, each with a model of its own
+        self.register_load_state_dict_pre_hook(_make_all)
 
     @abstractmethod
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
@@ -160,6 +161,13 @@ class LazyParameter(AbstractLazyModule):
         """Makes the parameter, once."""
         if self.value is None:
             self.value = nn.Parameter(self.make(model).detach().clone())
+
+
+def _make_all(adapter: AbstractAdapter, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: makes every parameter if the program has been read; RuntimeError where it would be needed."""
+    refuse_unread(adapter, state_dict, prefix)
+    if all(one.model.has_seen_data for one in (adapter, *adapter.members)):
+        adapter.materialise(adapter.model.made_up_points(1, 1))
 
 
 def prior_mean(model: HierarchicalModel) -> Tensor:
