@@ -30,11 +30,15 @@ Parameters = Callable[[str, tuple[Any, ...], Any], Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """One latent sample statement: its name, and its shape packed (unconstrained reals) and unpacked (event)."""
+    """One latent sample statement: its name, and its shape packed (unconstrained reals) and unpacked (event).
+
+    ``plates``: of a global site, (name, dim, size) of the plates round it, whose axes count as event here.
+    """
 
     name: str
     event_shape: torch.Size
     shape: torch.Size
+    plates: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def size(self) -> int:

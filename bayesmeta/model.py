@@ -507,17 +507,22 @@ class HierarchicalModel(nn.Module):
         with poutine.block():
             self._hyper_run(_remember(kinds, Packed(values, jacobian=False)))
         packed, start = [], 0
+        frames = dict.fromkeys(frame for site in self.theta_sites for frame in site.plates)
+        plates = {(name, dim, size): pyro.plate(name, size, dim=dim) for name, dim, size in frames}  # each is announced once
         for site in self.theta_sites:
             fn, transform = kinds[site.name]
             where = slice(start, start := start + site.size)
+            events = len(site.event_shape) - max((-dim for _, dim, _ in site.plates), default=0)
             if self.theta_kind == "variational":
                 loc, sd = (v[where].reshape(site.shape) for v in (self.theta_loc, self.theta_log_scale.exp()))
                 guide = site_normal(loc, sd, transform, fn)
-                guide = guide.to_event(len(site.event_shape) - len(guide.event_shape))
+                guide = guide.to_event(events - len(guide.event_shape))
             else:
-                value = transform(values[where].reshape(site.shape))
-                guide = dist.Delta(value, event_dim=value.dim())
-            packed.append(transform.inv(pyro.sample(site.name, guide)).flatten())
+                guide = dist.Delta(transform(values[where].reshape(site.shape)), event_dim=events)
+            with contextlib.ExitStack() as stack:
+                for frame in site.plates:
+                    stack.enter_context(plates[frame])
+                packed.append(transform.inv(pyro.sample(site.name, guide)).flatten())
         return torch.cat(packed)
 
     def sample_task_sites(self, posterior: Any, points: Points) -> None:

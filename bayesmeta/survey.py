@@ -110,7 +110,7 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
                     f'{tasks} tasks): move it inside `with pyro.plate("{TASKS}", points.num_tasks):`'
                 )
             packed = fn.batch_shape + _transform(name, fn).inverse_shape(fn.event_shape)
-            theta.append(Site(name, torch.Size(shape), torch.Size(packed)))
+            theta.append(Site(name, torch.Size(shape), torch.Size(packed), statement.frames))
             continue
         if len(statement.frames) > 1:
             extra = next(frame[0] for frame in statement.frames if frame[0] != TASKS)
