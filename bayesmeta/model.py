@@ -50,6 +50,7 @@ class HierarchicalModel(nn.Module):
         self.program = program
         self.theta_kind = theta
         self.params = nn.ParameterDict()
+        self._keys: dict[str, str] = {}  # the names of pyro.param statements, and of their entries in params
         self._sites: list[Site] | None = None
         self._theta_sites: list[Site] = []
         self._plates = 1
@@ -170,14 +171,15 @@ class HierarchicalModel(nn.Module):
             self._make_theta(small)
             self._check_draws()
             self._check_owned()
-            self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
+            weighed = any(small.statements[site.name].weighed for site in self._sites)
+            self._normal_prior = self._has_normal_prior() and not weighed and not small.has_factors(in_tasks=True)
             self._global_factors = small.has_factors(in_tasks=False)
             self._target_support = _fixed_support(small.statements["y"].fn)
             self._num_classes = _num_classes(small.statements["y"].fn)
             if self._start is not None:
                 self.reinitialise(self._start[0], jitter=self._start[1])
         except BaseException:
-            self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
+            self._sites, self._row, self._theta_sites, self.params, self._keys = None, None, [], nn.ParameterDict(), {}
             self._anchor = before
             for name in ("theta_loc", "theta_log_scale", "theta_draws"):
                 if hasattr(self, name):
@@ -186,9 +188,8 @@ class HierarchicalModel(nn.Module):
 
     def _parameter(self, name: str, args: tuple[Any, ...], constraint: Any) -> Tensor:
         """Answers the statement ``pyro.param(name, *args, constraint=)`` from ``params``; makes it when the program is first read."""
-        key = name.replace(".", "__")
-        key = f"{key}_" if key in TAKEN else key
-        if key not in self.params:
+        key = self._keys.get(name)
+        if key is None:
             if self._sites is not None:
                 raise ModelError(
                     f"pyro.param('{name}') was not there when the program was first run: parameters must not depend on the data"
@@ -200,7 +201,10 @@ class HierarchicalModel(nn.Module):
                     f"'{name}' is the parameter of a module that the function only refers to, so a copy of the model could not own it: "
                     "write the program as a PyroModule that holds the module"
                 )
-            self.params[key] = self._new_parameter(name, args[0], constraint)
+            value, key = self._new_parameter(name, args[0], constraint), name.replace(".", "__")
+            while key in TAKEN or key in self.params:  # "a.b" and "a__b" are two parameters
+                key += "_"
+            self.params[key], self._keys[name] = value, key
         leaf = self.params[key]
         value = transform_to(constraint)(leaf)
         if self._sites is None and args and isinstance(args[0], Tensor) and args[0].shape != value.shape:

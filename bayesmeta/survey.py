@@ -38,6 +38,7 @@ class Statement:
     frames: tuple[tuple[str, int, int], ...]  # (name, dim, size) of the plates round it
     observed: bool
     infer: dict[str, Any]
+    weighed: bool  # whether a handler (`poutine.scale`, `poutine.mask`) changes what its log density counts
 
 
 class Survey(Messenger):
@@ -65,7 +66,9 @@ class Survey(Messenger):
         if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
             return
         frames = tuple((f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized)
-        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]))
+        scale, mask = msg["scale"], msg["mask"]
+        weighed = isinstance(scale, torch.Tensor) or scale != 1 or not (mask is None or mask is True)
+        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]), weighed)
         if not msg["is_observed"]:
             transform = _transform(name, fn)
             shape = fn.batch_shape + transform.inverse_shape(fn.event_shape)

@@ -243,6 +243,27 @@ def test_a_prior_that_depends_on_data_and_other_sites_is_no_normal(float64):
     assert torch.corrcoef(draws[:, 0].T)[0, 1].item() == pytest.approx(2 / math.sqrt(4.25), abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("handler", "counts"),
+    [
+        (lambda: pyro.poutine.scale(scale=0.25), 0.25), (lambda: pyro.poutine.scale(scale=torch.tensor(3.0)), 3.0),
+        (lambda: pyro.poutine.mask(mask=torch.tensor(False)), 0.0), (lambda: pyro.poutine.mask(mask=True), 1.0),
+    ],
+)  # fmt: skip
+def test_a_prior_under_a_handler_counts_what_it_counts_in_the_joint(float64, handler, counts):
+    def program(points):
+        with pyro.plate("tasks", points.num_tasks):
+            with handler():
+                level = pyro.sample("level", dist.Normal(0.5, 2.0))
+            pyro.sample("y", dist.Normal(level[..., None] + 0 * points.x[..., 0], 1.0).mask(points.mask).to_event(1), obs=points.y)
+
+    e, phi = episode(), torch.randn(3, 4, 1)
+    model = HierarchicalModel(program, example=e)
+    wanted = counts * dist.Normal(0.5, 2.0).log_prob(phi[..., 0])
+    torch.testing.assert_close(model.log_prior(phi, e), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.prior(e).log_prob(phi), wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_masked_prior_is_not_taken_for_a_normal(float64, masked):
     def program(points):
