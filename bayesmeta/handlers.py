@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from .episodes import Points
-from .packing import elementwise, is_identity, log_det, packed_moments, packing_transform, peel
+from .packing import elementwise, is_identity, log_det, packed_moments, packed_shape, packing_transform, peel
 
 TASKS, TARGET = "tasks", "y"
 Parameters = Callable[[str, tuple[Any, ...], Any], Tensor]
@@ -247,8 +247,7 @@ class Moments:
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, float]:
         """The site's constrained value and its term (see `Fill`)."""
-        shape = transform.inverse_shape(fn.event_shape)
-        mean, sd = packed_moments(fn, transform, shape)
+        mean, sd = packed_moments(fn, transform, packed_shape(fn, transform))
         axes = (*mean.shape[: 1 if part.plates else 0], part.site.size)
         self.means.append(mean.reshape(axes))
         self.sds.append(sd.reshape(axes))

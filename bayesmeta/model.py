@@ -170,6 +170,7 @@ class HierarchicalModel(nn.Module):
             self._row = made_up(row, *sizes[0])
             self._make_theta(small)
             self._check_draws()
+            self._check_bounds(small)
             self._check_owned()
             weighed = any(small.statements[site.name].weighed for site in self._sites)
             self._normal_prior = self._has_normal_prior() and not weighed and not small.has_factors(in_tasks=True)
@@ -253,6 +254,28 @@ class HierarchicalModel(nn.Module):
         got = tuple(target.point().batch_shape)
         if got not in ((2, tasks, points), (tasks, points)):
             raise ModelError(f"with 2 draws of φ the distribution of y has batch shape {got}, expected {(2, tasks, points)}; {hint}")
+
+    def _check_bounds(self, survey: Survey) -> None:
+        """The bounds of a task-level site may follow from θ and other sites, not from the data, which `unpack` does not see."""
+        assert self._row is not None
+        moving = [site.name for site in self.sites if _fixed_support(survey.statements[site.name].fn) is None]
+        if not moving:
+            return
+        leaves, values = [], []
+        with torch.enable_grad():
+            for size in ((2, 4), (3, 5)):
+                row = made_up(self._row, *size)
+                data = {k: v.clone().requires_grad_() for k, v in (("x", row.x), ("y", row.y)) if v is not None and v.is_floating_point()}
+                row = row._replace(**{name: leaf.clone() for name, leaf in data.items()})
+                leaves.append(tuple(data.values()))
+                values.append(self._run(Packed(self._anchor.new_zeros(size[0], self.dim)), row, sites_only=True).values)
+        for name in moving:
+            same = torch.equal(values[0][name][0], values[1][name][0])
+            if not same or any(_reaches(values[0][name], leaf) for leaf in leaves[0]):
+                raise ModelError(
+                    f"task-level site '{name}': the bounds of its support are taken from the data (points.x, points.y or their number), so "
+                    "its value cannot be told from φ and θ alone: sample it between fixed bounds, say Uniform(0, 1), and stretch it afterwards"
+                )
 
     def _check_owned(self) -> None:
         """What is learned must be the model's own: nothing else would be trained, copied and moved with it."""

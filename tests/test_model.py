@@ -76,6 +76,37 @@ def make(program, theta="map", **options):
 # --- packing and densities
 
 
+def bounds_that_move(points):
+    """Supports with a bound for each task, or each draw: from a parameter, a global site and another task-level site."""
+    least = pyro.param("least", torch.tensor(0.5), constraint=constraints.positive)
+    top = pyro.sample("top", dist.Pareto(torch.ones(2), 3.0).to_event(1))
+    with pyro.plate("tasks", points.num_tasks, dim=-2):
+        width = pyro.sample("width", dist.Pareto(least, 3.0))
+        part = pyro.sample("part", dist.Uniform(-width, width))
+        both = pyro.sample("both", dist.Uniform(-1.0, top.expand(points.num_tasks, 1, 2)).to_event(1))
+        with pyro.plate("points", points.num_points, dim=-1):
+            pyro.sample("y", dist.Normal(width + part * points.x[..., 0] + both.sum(-1), 1.0), obs=points.y)
+
+
+@pytest.mark.parametrize("theta", ["map", "variational"])
+@pytest.mark.parametrize("draws", [(), (3,), (2, 3)])
+def test_bounds_may_follow_from_theta_and_other_sites(float64, draws, theta):
+    model, e, phi = make(bounds_that_move, theta), episode(), torch.randn(*draws, 4, 4)
+    assert [(site.name, site.size) for site in model.sites] == [("width", 1), ("part", 1), ("both", 2)]
+    sites, top = model.unpack(phi), model.theta()["top"].detach()
+    share = phi[..., 1:].sigmoid()
+    width = 0.5 + phi[..., 0].exp()
+    part, both = width * (2 * share[..., 0] - 1), (1 + top) * share[..., 1:] - 1
+    for name, value in (("width", width), ("part", part), ("both", both)):
+        torch.testing.assert_close(sites[name].detach(), value, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model.pack(sites), phi, rtol=0, atol=1e-7)
+    prior = (3 * 0.5**3 / width**4).log() + phi[..., 0] + (share * (1 - share)).log().sum(-1)  # Uniform's 1/width cancels against Jacobian's
+    torch.testing.assert_close(model.log_prior(phi, e).detach(), prior, rtol=0, atol=1e-9)
+    mean = (width + both.sum(-1))[..., None] + part[..., None] * e.support.filled().x[..., 0].double()
+    likelihood = torch.where(e.support.mask, dist.Normal(mean, 1.0).log_prob(e.support.filled().y.double()), 0.0).sum(-1)
+    torch.testing.assert_close(model.log_likelihood(phi, e.support).detach(), likelihood, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("draws", [(), (2,), (2, 3)])
 def test_pack_is_the_inverse_of_unpack_for_every_kind_of_site(float64, draws):
     model = make(every_kind_of_site)

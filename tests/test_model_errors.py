@@ -251,6 +251,16 @@ def is_broken(points):
 
 
 PLATE = r'`with pyro.plate("tasks", points.num_tasks):`'
+def bounds_from_the_data(points):
+    with tasks(points):
+        observe(points, at(pyro.sample("level", dist.Uniform(0.0, 1.0 + points.x[..., 0].abs().amax(-1))), points))
+
+
+def bounds_from_the_number_of_points(points):
+    with tasks(points):
+        observe(points, at(pyro.sample("level", dist.Pareto(points.mask.sum(-1).float(), 2.0)), points))
+
+
 REFUSED = {  # what the message says: the rule, the culprit, the remedy
     nothing: ('no plate named "tasks"', "plates found: none", PLATE),
     no_plate: ('no plate named "tasks"', PLATE),
@@ -274,6 +284,8 @@ REFUSED = {  # what the message says: the rule, the culprit, the remedy
     parameters_grow_with_points: ("'effect' has event shape (4,) for 4 points and (5,) for 5", "fixed size"),
     a_prior_with_points: ("'effect' has batch shape (2, 4), expected (2, 1)", "no parameter of a task"),
     a_vector_without_event: ("'effect' has batch shape (3, 2), expected (2,)", "a vector needs .to_event(1)"),
+    bounds_from_the_data: ("'level': the bounds of its support are taken from the data", "Uniform(0, 1)", "stretch it afterwards"),
+    bounds_from_the_number_of_points: ("'level': the bounds of its support are taken from the data", "stretch it afterwards"),
     task_site_outside: ("'effect' stands outside the tasks plate", "one value per task or point", PLATE),
     point_site_outside: ("'effect' stands outside the tasks plate", "one value per task or point", "shape (4,)"),
     a_parameter_per_task: ("pyro.param('mean') has shape (2,) in one run and (3,)", "must not depend on the numbers of tasks", PLATE),
