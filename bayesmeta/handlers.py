@@ -109,7 +109,10 @@ class Target:
         return mask
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """log p(y | φ, θ) of each task, ``(*S, T)``; what is masked counts 0."""
+        """log p(y | φ, θ) of each task, ``(*S, T)``; what is masked counts 0. Raises ValueError for a y with too many or too few axes."""
+        if y.dim() != 2 + self.point_axes + len(self.base.event_shape):
+            shape = ", ".join(["T", "N", *map(str, self.point().event_shape)])
+            raise ValueError(f"y: expected shape ({shape}), as the program's likelihood has it, got {tuple(y.shape)}")
         value = torch.where(self.full_mask(), self.base.log_prob(self.as_value(y)), 0.0) * self.scale
         return value.flatten(value.dim() - self.point_axes - 1).sum(-1)
 

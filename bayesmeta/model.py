@@ -21,7 +21,7 @@ from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Momen
 from .network_program import NetworkProgram
 from .networks import AbstractNetwork, NormalPrior, WeightNetwork
 from .packing import log_det, packing_transform, peel
-from .posteriors import with_points_axis
+from .posteriors import as_inputs, with_points_axis
 from .randomness import rng
 from .survey import ModelError, Survey, made_up, read
 
@@ -82,6 +82,12 @@ class HierarchicalModel(nn.Module):
         "variational" or "nuts", μ_θ and 1/σ_θ² are global sample sites "mean" and "precision" under the prior's hyperprior, which
         it then needs (ValueError without one); the likelihood's parameters and shared features stay a point.
         """
+        if not isinstance(network, AbstractNetwork):
+            raise TypeError(
+                f"network: expected one of bayesmeta.networks, got {type(network).__name__}: wrap an nn.Module, say WeightNetwork(module)"
+            )
+        if isinstance(likelihood, type):
+            raise TypeError(f"likelihood: got the class {likelihood.__name__}: construct it, say {likelihood.__name__}()")
         prior = prior or NormalPrior.of(network)
         if theta != "map" and prior.hyperprior is None:
             raise ValueError(f"theta={theta!r} needs a hyperprior: give prior=NormalPrior.of(network, hyperprior=(a, b)), say (1.0, 0.01)")
@@ -168,6 +174,10 @@ class HierarchicalModel(nn.Module):
             small, large = (self._survey(made_up(row, *size)) for size in sizes)
             self._sites, self._theta_sites, self._plates = read(small, large, sizes)
             self._row = made_up(row, *sizes[0])
+            self._target_support = _fixed_support(small.statements["y"].fn)
+            self._num_classes = _num_classes(small.statements["y"].fn)
+            for role, part in zip(data._fields, data, strict=True) if isinstance(data, Episode) else [("points", data)]:
+                self.check_targets(part, role)
             self._make_theta(small)
             self._check_draws()
             self._check_bounds(small)
@@ -175,8 +185,6 @@ class HierarchicalModel(nn.Module):
             weighed = any(small.statements[site.name].weighed for site in self._sites)
             self._normal_prior = self._has_normal_prior() and not weighed and not small.has_factors(in_tasks=True)
             self._global_factors = small.has_factors(in_tasks=False)
-            self._target_support = _fixed_support(small.statements["y"].fn)
-            self._num_classes = _num_classes(small.statements["y"].fn)
             if self._start is not None:
                 self.reinitialise(self._start[0], jitter=self._start[1])
         except BaseException:
@@ -274,7 +282,7 @@ class HierarchicalModel(nn.Module):
             if not same or any(_reaches(values[0][name], leaf) for leaf in leaves[0]):
                 raise ModelError(
                     f"task-level site '{name}': the bounds of its support are taken from the data (points.x, points.y or their number), so "
-                    "its value cannot be told from φ and θ alone: sample it between fixed bounds, say Uniform(0, 1), and stretch it afterwards"
+                    "its value does not follow from φ and θ: sample it between fixed bounds, say Uniform(0, 1), and stretch it afterwards"
                 )
 
     def _check_owned(self) -> None:
@@ -504,7 +512,7 @@ class HierarchicalModel(nn.Module):
 
     def predict(self, phi: Tensor, x: Tensor) -> Any:
         """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``."""
-        x = torch.as_tensor(x)
+        x = as_inputs(x)
         x = x.to(device=self._anchor.device, dtype=self._anchor.dtype if x.is_floating_point() else x.dtype)
         if x.dim() < 2 or x.shape[0] != phi.shape[-2]:
             raise ValueError(f"x: expected shape (T, N, *I) with T = {phi.shape[-2]} tasks, got {tuple(x.shape)}")

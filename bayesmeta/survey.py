@@ -39,6 +39,7 @@ class Statement:
     frames: tuple[tuple[str, int, int], ...]  # (name, dim, size) of the plates round it
     observed: bool
     infer: dict[str, Any]
+    value_shape: torch.Size  # of what is observed; that of fn where nothing is
     weighed: bool  # whether a handler (`poutine.scale`, `poutine.mask`) changes what its log density counts
 
 
@@ -69,7 +70,8 @@ class Survey(Messenger):
         frames = tuple((f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized)
         scale, mask = msg["scale"], msg["mask"]
         weighed = isinstance(scale, torch.Tensor) or scale != 1 or not (mask is None or mask is True)
-        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]), weighed)
+        shape = torch.Size(fn.shape()) if msg["value"] is None else torch.as_tensor(msg["value"]).shape
+        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]), shape, weighed)
         if not msg["is_observed"]:
             transform = _transform(name, fn)
             shape = fn.batch_shape + packed_shape(fn, transform)
@@ -199,6 +201,12 @@ def _check_target(survey: Survey, tasks: int, points: int) -> int:
             f'site "{TARGET}" has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} for {tasks} tasks of '
             f"{points} points: expected one independent distribution per point, ({tasks},) with .to_event(1) over the points, or a plate "
             "over points at dim=-1"
+        )
+    if len(target.value_shape) != len(fn.shape()):
+        raise ModelError(
+            f'site "{TARGET}": what is observed has shape {tuple(target.value_shape)}, its distribution {tuple(fn.shape())} for '
+            f"{tasks} tasks of {points} points: give y of shape ({', '.join(['T', 'N', *map(str, fn.shape()[2:])])})"
+            + (", or observe points.y[..., 0]" if target.value_shape == (*fn.shape(), 1) else "")
         )
     return 1 + len(inner)
 

@@ -21,6 +21,7 @@ from .compiling import Gradients, StepCompiler
 from .episodes import Episode
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
 from .metrics import task_mean
+from .randomness import checked_generator
 from .tasks.base import TaskFamily
 
 ALL_TASKS_UP_TO = 100
@@ -121,7 +122,7 @@ def meta_train(
             f"optimizer: expected a factory, say lambda params: torch.optim.Adam(params, 1e-3), got a {type(optimizer).__name__}: "
             "parameters may not exist before the first data are seen"
         )
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = checked_generator(generator) or torch.Generator().manual_seed(0)
     if learner.members:
         return _train_members(learner, arguments | {"generator": generator})
     if device is not None:
@@ -175,7 +176,7 @@ def _train_members(learner: AbstractMetaLearner, arguments: dict[str, Any]) -> H
 
 def predictive_nll(adapter: AbstractAdapter, episode: Episode, *, num_draws: int = 100, generator: torch.Generator | None = None) -> Tensor:
     """Mean −log predictive density of each task's query points, ``(T,)``, in nats a point; NaN for a task without any."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = checked_generator(generator) or torch.Generator().manual_seed(0)
     query = adapter.prepared(episode.query, "query")
     assert query.y is not None
     posterior = adapter.adapt(episode.support, generator=generator)

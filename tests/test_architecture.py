@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "plots": {"metrics"},
     "report": {"metrics", "plots"},
     "compiling": {"episodes", "learners.base", "randomness"},
-    "training": {"checkpoints", "compiling", "episodes", "learners.base", "metrics", "plots", "tasks.base"},
+    "training": {"checkpoints", "compiling", "episodes", "learners.base", "metrics", "plots", "randomness", "tasks.base"},
     "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
     "evaluation": {"episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth", "__version__"},
     "recipes": {"episodes", "learners", "likelihoods", "model", "networks", "tasks"},

@@ -100,7 +100,7 @@ def test_bounds_may_follow_from_theta_and_other_sites(float64, draws, theta):
     for name, value in (("width", width), ("part", part), ("both", both)):
         torch.testing.assert_close(sites[name].detach(), value, rtol=0, atol=1e-9)
     torch.testing.assert_close(model.pack(sites), phi, rtol=0, atol=1e-7)
-    prior = (3 * 0.5**3 / width**4).log() + phi[..., 0] + (share * (1 - share)).log().sum(-1)  # Uniform's 1/width cancels against Jacobian's
+    prior = (3 * 0.5**3 / width**4).log() + phi[..., 0] + (share * (1 - share)).log().sum(-1)  # a Uniform's 1/width is its Jacobian's
     torch.testing.assert_close(model.log_prior(phi, e).detach(), prior, rtol=0, atol=1e-9)
     mean = (width + both.sum(-1))[..., None] + part[..., None] * e.support.filled().x[..., 0].double()
     likelihood = torch.where(e.support.mask, dist.Normal(mean, 1.0).log_prob(e.support.filled().y.double()), 0.0).sum(-1)
