@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -99,7 +100,8 @@ def meta_train(
     rounding, not to the bit; what cannot be compiled is trained eagerly, and a RuntimeWarning says why.
 
     Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
-    for arguments that make no sense.
+    for arguments that make no sense, TypeError for what cannot be trained and for an optimiser (LBFGS) or schedule (ReduceLROnPlateau)
+    whose ``step()`` needs an argument.
     """
     arguments = {name: value for name, value in locals().items() if name != "learner"}
     if not isinstance(learner, AbstractMetaLearner):
@@ -135,8 +137,9 @@ def meta_train(
     if not parameters:
         raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
     total = _number_of_tasks(learner, total, num_tasks)
-    optimiser = (optimizer or _adam)(parameters)
-    run = _Run(learner, parameters, optimiser, schedule(optimiser) if schedule else None, generator)
+    optimiser = _stepping("optimizer", (optimizer or _adam)(parameters), "torch.optim.Adam or SGD")
+    scheduler = _stepping("schedule", schedule(optimiser), "one of the step's number, as CosineAnnealingLR") if schedule else None
+    run = _Run(learner, parameters, optimiser, scheduler, generator)
     run.compiler = StepCompiler(learner, parameters, run.losses, total, generator, mode=compile)
     if resume and checkpoint is not None and os.path.exists(checkpoint):
         run.load(checkpoint)
@@ -347,6 +350,20 @@ class _Run:
 def _adam(parameters: list[Any]) -> torch.optim.Optimizer:
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.Adam(parameters, 1e-3, fused=fused)
+
+
+def _stepping(name: str, made: Any, instead: str) -> Any:
+    """What a factory made, where its ``step()`` needs no argument, else TypeError."""
+    if not callable(getattr(made, "step", None)):
+        raise TypeError(f"{name}: expected a factory of something with step(), say {instead}, got one of {type(made).__name__}")
+    parameters = inspect.signature(made.step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise TypeError(
+            f"{name}: {type(made).__name__} needs step({', '.join(needed)}), and training calls step() after the gradient of each step: "
+            f"take {instead}"
+        )
+    return made
 
 
 def _all_finite(values: list[Any]) -> bool:
