@@ -93,7 +93,8 @@ class AbstractAdapter(nn.Module, ABC):
             diagnostics = {**(diagnostics or {}), "diverged_tasks": float(count)}
             warnings.warn(
                 f"{type(self).__name__}: the adaptation of {count} of {len(diverged)} tasks diverged (the first is task {first}): "
-                "φ is not finite there, and no prediction; lower inner_lr or take fewer steps", RuntimeWarning, stacklevel=3,
+                "φ is not finite there, and no prediction; lower inner_lr (a Gaussian's steps grow as inner_lr / noise²) or take "
+                "fewer steps", RuntimeWarning, stacklevel=3,
             )  # fmt: skip
         return TaskPosterior(self.model, distribution, diagnostics)
 
