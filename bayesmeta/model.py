@@ -66,7 +66,7 @@ class HierarchicalModel(nn.Module):
         self.gradient_evaluations = 0.0
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows the device and dtype that .to() asked for
         self._default_dtype = torch.get_default_dtype()
-        self.register_load_state_dict_pre_hook(refuse_unread)
+        self.register_load_state_dict_pre_hook(_make_room)
         if example is not None:
             self.materialise(example)
 
@@ -713,6 +713,14 @@ def refuse_unread(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
             + (f"it has no place for {', '.join(map(repr, unknown))}" if unknown else "its starting point is still to come")
             + ": give HierarchicalModel(program, example=points), or call materialise(points) first"
         )
+
+
+def _make_room(model: HierarchicalModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: `refuse_unread`, and room for as many draws of θ as there are."""
+    refuse_unread(model, state_dict, prefix)
+    ours, theirs = model._buffers.get("theta_draws"), state_dict.get(f"{prefix}theta_draws")
+    if ours is not None and theirs is not None and ours.shape[1:] == theirs.shape[1:]:
+        model.theta_draws = ours.new_zeros(theirs.shape)
 
 
 def point_divergence(here: Any, there: Any) -> Tensor:
