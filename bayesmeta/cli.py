@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
@@ -35,7 +36,9 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status (0, or 2 with one line on standard error for what a user can mend)."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_unknown(unknown, options))
     try:
         return _compare(options)
     except (ValueError, TrainingError, OSError) as error:
@@ -79,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _unknown(words: list[str], options: argparse.Namespace) -> str:
+    """What to say of arguments that the parser does not know: of a misspelt option the nearest one."""
+    option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    if option is None:
+        return f"expected one family, got also {' '.join(words)}"
+    try:
+        return checked_choice("options", option, tuple(f"--{name}" for name in vars(options) if name not in ("command", "family")))
+    except ValueError as error:
+        return str(error)
+
+
 def _compare(options: argparse.Namespace) -> int:
     start = time.monotonic()
     say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
@@ -96,6 +110,9 @@ def _compare(options: argparse.Namespace) -> int:
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
+    idle = 0 if isinstance(family, str) else family.num_tasks - sum(family.split(part).num_tasks for part in ("train", "test"))
+    if idle:
+        report = replace(report, notes=(*report.notes, f"{idle} groups, a validation split, are neither trained on nor held out."))
     report.save(out)
     print(report.table())
     say(f"\n{time.monotonic() - start:.0f} s. Report: {out / 'report.html'}")

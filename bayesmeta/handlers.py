@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from .episodes import Points
-from .packing import elementwise, is_identity, log_det, packed_moments, packing_transform, peel
+from .packing import elementwise, is_identity, log_det, packed_moments, packed_shape, packing_transform, peel
 
 TASKS, TARGET = "tasks", "y"
 Parameters = Callable[[str, tuple[Any, ...], Any], Tensor]
@@ -30,11 +30,15 @@ Parameters = Callable[[str, tuple[Any, ...], Any], Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """One latent sample statement: its name, and its shape packed (unconstrained reals) and unpacked (event)."""
+    """One latent sample statement: its name, and its shape packed (unconstrained reals) and unpacked (event).
+
+    ``plates``: of a global site, (name, dim, size) of the plates round it, whose axes count as event here.
+    """
 
     name: str
     event_shape: torch.Size
     shape: torch.Size
+    plates: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -105,7 +109,10 @@ class Target:
         return mask
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """log p(y | φ, θ) of each task, ``(*S, T)``; what is masked counts 0."""
+        """log p(y | φ, θ) of each task, ``(*S, T)``; what is masked counts 0. Raises ValueError for a y with too many or too few axes."""
+        if y.dim() != 2 + self.point_axes + len(self.base.event_shape):
+            shape = ", ".join(["T", "N", *map(str, self.point().event_shape)])
+            raise ValueError(f"y: expected shape ({shape}), as the program's likelihood has it, got {tuple(y.shape)}")
         value = torch.where(self.full_mask(), self.base.log_prob(self.as_value(y)), 0.0) * self.scale
         return value.flatten(value.dim() - self.point_axes - 1).sum(-1)
 
@@ -243,8 +250,7 @@ class Moments:
 
     def __call__(self, fn: Any, transform: Transform, part: Part) -> tuple[Tensor, float]:
         """The site's constrained value and its term (see `Fill`)."""
-        shape = transform.inverse_shape(fn.event_shape)
-        mean, sd = packed_moments(fn, transform, shape)
+        mean, sd = packed_moments(fn, transform, packed_shape(fn, transform))
         axes = (*mean.shape[: 1 if part.plates else 0], part.site.size)
         self.means.append(mean.reshape(axes))
         self.sds.append(sd.reshape(axes))

@@ -21,7 +21,7 @@ from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Momen
 from .network_program import NetworkProgram
 from .networks import AbstractNetwork, NormalPrior, WeightNetwork
 from .packing import log_det, packing_transform, peel
-from .posteriors import with_points_axis
+from .posteriors import as_inputs, with_points_axis
 from .randomness import rng
 from .survey import ModelError, Survey, made_up, read
 
@@ -50,6 +50,7 @@ class HierarchicalModel(nn.Module):
         self.program = program
         self.theta_kind = theta
         self.params = nn.ParameterDict()
+        self._keys: dict[str, str] = {}  # the names of pyro.param statements, and of their entries in params
         self._sites: list[Site] | None = None
         self._theta_sites: list[Site] = []
         self._plates = 1
@@ -65,6 +66,7 @@ class HierarchicalModel(nn.Module):
         self.gradient_evaluations = 0.0
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows the device and dtype that .to() asked for
         self._default_dtype = torch.get_default_dtype()
+        self.register_load_state_dict_pre_hook(_make_room)
         if example is not None:
             self.materialise(example)
 
@@ -80,6 +82,12 @@ class HierarchicalModel(nn.Module):
         "variational" or "nuts", μ_θ and 1/σ_θ² are global sample sites "mean" and "precision" under the prior's hyperprior, which
         it then needs (ValueError without one); the likelihood's parameters and shared features stay a point.
         """
+        if not isinstance(network, AbstractNetwork):
+            raise TypeError(
+                f"network: expected one of bayesmeta.networks, got {type(network).__name__}: wrap an nn.Module, say WeightNetwork(module)"
+            )
+        if isinstance(likelihood, type):
+            raise TypeError(f"likelihood: got the class {likelihood.__name__}: construct it, say {likelihood.__name__}()")
         prior = prior or NormalPrior.of(network)
         if theta != "map" and prior.hyperprior is None:
             raise ValueError(f"theta={theta!r} needs a hyperprior: give prior=NormalPrior.of(network, hyperprior=(a, b)), say (1.0, 0.01)")
@@ -166,17 +174,21 @@ class HierarchicalModel(nn.Module):
             small, large = (self._survey(made_up(row, *size)) for size in sizes)
             self._sites, self._theta_sites, self._plates = read(small, large, sizes)
             self._row = made_up(row, *sizes[0])
-            self._make_theta(small)
-            self._check_draws()
-            self._check_owned()
-            self._normal_prior = self._has_normal_prior() and not small.has_factors(in_tasks=True)
-            self._global_factors = small.has_factors(in_tasks=False)
             self._target_support = _fixed_support(small.statements["y"].fn)
             self._num_classes = _num_classes(small.statements["y"].fn)
+            for role, part in zip(data._fields, data, strict=True) if isinstance(data, Episode) else [("points", data)]:
+                self.check_targets(part, role)
+            self._make_theta(small)
+            self._check_draws()
+            self._check_bounds(small)
+            self._check_owned()
+            weighed = any(small.statements[site.name].weighed for site in self._sites)
+            self._normal_prior = self._has_normal_prior() and not weighed and not small.has_factors(in_tasks=True)
+            self._global_factors = small.has_factors(in_tasks=False)
             if self._start is not None:
                 self.reinitialise(self._start[0], jitter=self._start[1])
         except BaseException:
-            self._sites, self._row, self._theta_sites, self.params = None, None, [], nn.ParameterDict()
+            self._sites, self._row, self._theta_sites, self.params, self._keys = None, None, [], nn.ParameterDict(), {}
             self._anchor = before
             for name in ("theta_loc", "theta_log_scale", "theta_draws"):
                 if hasattr(self, name):
@@ -185,9 +197,8 @@ class HierarchicalModel(nn.Module):
 
     def _parameter(self, name: str, args: tuple[Any, ...], constraint: Any) -> Tensor:
         """Answers the statement ``pyro.param(name, *args, constraint=)`` from ``params``; makes it when the program is first read."""
-        key = name.replace(".", "__")
-        key = f"{key}_" if key in TAKEN else key
-        if key not in self.params:
+        key = self._keys.get(name)
+        if key is None:
             if self._sites is not None:
                 raise ModelError(
                     f"pyro.param('{name}') was not there when the program was first run: parameters must not depend on the data"
@@ -199,7 +210,10 @@ class HierarchicalModel(nn.Module):
                     f"'{name}' is the parameter of a module that the function only refers to, so a copy of the model could not own it: "
                     "write the program as a PyroModule that holds the module"
                 )
-            self.params[key] = self._new_parameter(name, args[0], constraint)
+            value, key = self._new_parameter(name, args[0], constraint), name.replace(".", "__")
+            while key in TAKEN or key in self.params:  # "a.b" and "a__b" are two parameters
+                key += "_"
+            self.params[key], self._keys[name] = value, key
         leaf = self.params[key]
         value = transform_to(constraint)(leaf)
         if self._sites is None and args and isinstance(args[0], Tensor) and args[0].shape != value.shape:
@@ -248,6 +262,28 @@ class HierarchicalModel(nn.Module):
         got = tuple(target.point().batch_shape)
         if got not in ((2, tasks, points), (tasks, points)):
             raise ModelError(f"with 2 draws of φ the distribution of y has batch shape {got}, expected {(2, tasks, points)}; {hint}")
+
+    def _check_bounds(self, survey: Survey) -> None:
+        """The bounds of a task-level site may follow from θ and other sites, not from the data, which `unpack` does not see."""
+        assert self._row is not None
+        moving = [site.name for site in self.sites if _fixed_support(survey.statements[site.name].fn) is None]
+        if not moving:
+            return
+        leaves, values = [], []
+        with torch.enable_grad():
+            for size in ((2, 4), (3, 5)):
+                row = made_up(self._row, *size)
+                data = {k: v.clone().requires_grad_() for k, v in (("x", row.x), ("y", row.y)) if v is not None and v.is_floating_point()}
+                row = row._replace(**{name: leaf.clone() for name, leaf in data.items()})
+                leaves.append(tuple(data.values()))
+                values.append(self._run(Packed(self._anchor.new_zeros(size[0], self.dim)), row, sites_only=True).values)
+        for name in moving:
+            same = torch.equal(values[0][name][0], values[1][name][0])
+            if not same or any(_reaches(values[0][name], leaf) for leaf in leaves[0]):
+                raise ModelError(
+                    f"task-level site '{name}': the bounds of its support are taken from the data (points.x, points.y or their number), so "
+                    "its value does not follow from φ and θ: sample it between fixed bounds, say Uniform(0, 1), and stretch it afterwards"
+                )
 
     def _check_owned(self) -> None:
         """What is learned must be the model's own: nothing else would be trained, copied and moved with it."""
@@ -305,6 +341,11 @@ class HierarchicalModel(nn.Module):
     def dim(self) -> int:
         """``D``, how many unconstrained reals a task's parameters take."""
         return sum(site.size for site in self.sites)
+
+    @property
+    def has_seen_data(self) -> bool:
+        """Whether the program has been read, so that θ and `dim` are known."""
+        return self._sites is not None
 
     @property
     def sites(self) -> list[Site]:
@@ -473,7 +514,7 @@ class HierarchicalModel(nn.Module):
 
     def predict(self, phi: Tensor, x: Tensor) -> Any:
         """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``."""
-        x = torch.as_tensor(x)
+        x = as_inputs(x)
         x = x.to(device=self._anchor.device, dtype=self._anchor.dtype if x.is_floating_point() else x.dtype)
         if x.dim() < 2 or x.shape[0] != phi.shape[-2]:
             raise ValueError(f"x: expected shape (T, N, *I) with T = {phi.shape[-2]} tasks, got {tuple(x.shape)}")
@@ -503,17 +544,22 @@ class HierarchicalModel(nn.Module):
         with poutine.block():
             self._hyper_run(_remember(kinds, Packed(values, jacobian=False)))
         packed, start = [], 0
+        frames = dict.fromkeys(frame for site in self.theta_sites for frame in site.plates)
+        plates = {(name, dim, size): pyro.plate(name, size, dim=dim) for name, dim, size in frames}  # each is announced once
         for site in self.theta_sites:
             fn, transform = kinds[site.name]
             where = slice(start, start := start + site.size)
+            events = len(site.event_shape) - max((-dim for _, dim, _ in site.plates), default=0)
             if self.theta_kind == "variational":
                 loc, sd = (v[where].reshape(site.shape) for v in (self.theta_loc, self.theta_log_scale.exp()))
                 guide = site_normal(loc, sd, transform, fn)
-                guide = guide.to_event(len(site.event_shape) - len(guide.event_shape))
+                guide = guide.to_event(events - len(guide.event_shape))
             else:
-                value = transform(values[where].reshape(site.shape))
-                guide = dist.Delta(value, event_dim=value.dim())
-            packed.append(transform.inv(pyro.sample(site.name, guide)).flatten())
+                guide = dist.Delta(transform(values[where].reshape(site.shape)), event_dim=events)
+            with contextlib.ExitStack() as stack:
+                for frame in site.plates:
+                    stack.enter_context(plates[frame])
+                packed.append(transform.inv(pyro.sample(site.name, guide)).flatten())
         return torch.cat(packed)
 
     def sample_task_sites(self, posterior: Any, points: Points) -> None:
@@ -654,6 +700,29 @@ class ProgramPrior(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """``(*S, T, D)`` to ``(*S, T)``, the Jacobian of the packing included."""
         return self.model.log_prior(value, self.points)
+
+
+def refuse_unread(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: RuntimeError where a model in ``module`` that has not seen data would not keep all of it."""
+    unread = [part for part in module.modules() if isinstance(part, HierarchicalModel) and not part.has_seen_data]
+    if not unread:
+        return
+    known = module.state_dict(prefix=prefix)
+    unknown = sorted(name for name in state_dict if name.startswith(prefix) and name not in known)
+    if unknown or any(model._start is not None for model in unread):
+        raise RuntimeError(
+            f"load_state_dict: this {type(module).__name__} has not seen data yet, so "
+            + (f"it has no place for {', '.join(map(repr, unknown))}" if unknown else "its starting point is still to come")
+            + ": give HierarchicalModel(program, example=points), or call materialise(points) first"
+        )
+
+
+def _make_room(model: HierarchicalModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: `refuse_unread`, and room for as many draws of θ as there are."""
+    refuse_unread(model, state_dict, prefix)
+    ours, theirs = model._buffers.get("theta_draws"), state_dict.get(f"{prefix}theta_draws")
+    if ours is not None and theirs is not None and ours.shape[1:] == theirs.shape[1:]:
+        model.theta_draws = ours.new_zeros(theirs.shape)
 
 
 def point_divergence(here: Any, there: Any) -> Tensor:

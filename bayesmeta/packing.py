@@ -96,6 +96,11 @@ def packing_transform(support: constraints.Constraint) -> Transform:
     return biject_to(support)
 
 
+def packed_shape(fn: Any, transform: Transform) -> torch.Size:
+    """The shape of a site's packed value behind the batch axes of ``fn``; bounds may have batch axes too."""
+    return transform.inverse_shape(fn.batch_shape + fn.event_shape)[len(fn.batch_shape) :]
+
+
 def is_identity(transform: Transform) -> bool:
     """True where packing changes nothing: an unconstrained support."""
     transform = elementwise(transform)

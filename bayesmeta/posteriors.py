@@ -279,7 +279,7 @@ class FunctionPosterior:
 
     def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
         """The predictive at ``x (T, N, *I)``; nothing is drawn, ``n`` plays no part."""
-        x = torch.as_tensor(x)
+        x = as_inputs(x)
         x = x.to(device=self.support.x.device, dtype=self.support.x.dtype if x.is_floating_point() else x.dtype)
         with torch.no_grad():
             return Predictive(self.rule(self.support, x))
@@ -339,6 +339,13 @@ class Mixture(dist.TorchDistribution):
         if any(isinstance(c, dist.Delta | Particles) for c in self.components):
             raise NotImplementedError("a mixture of points has no density; compare draws")
         return torch.logsumexp(torch.stack([c.log_prob(value) for c in self.components]), 0) - math.log(len(self.components))
+
+
+def as_inputs(x: Any) -> Tensor:
+    """``x`` as a tensor; TypeError for Points or an Episode, which are more than inputs."""
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        raise TypeError(f"x: expected inputs of shape (T, N, *I), got {type(x).__name__}: give its x alone, say points.x")
+    return torch.as_tensor(x)
 
 
 def delta(phi: Tensor) -> dist.Delta:

@@ -6,7 +6,8 @@ The rules, each an error that says how to mend it:
 2. There is a site named "y", observed (``obs=points.y``), inside the tasks plate.
 3. The tasks plate is the rightmost (dim -1), or stands at dim -2 with one plate over points at dim -1 inside it.
 4. Given φ and θ the points are independent: ``.to_event(1)`` over N points, or a points plate.
-5. Task-level sites are continuous, stand directly in the tasks plate, and have the same shape whatever T and N are.
+5. Task-level sites are continuous, stand directly in the tasks plate, and have the same shape whatever T and N are; the bounds of
+   their support do not follow from the data.
 6. Sites and parameters outside the tasks plate are θ: their shape does not depend on T or N.
 7. The program broadcasts: task-level values may carry axes for draws in front.
 """
@@ -22,7 +23,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 
 from .episodes import Points
 from .handlers import TARGET, TASKS, Parameters, Site, param_value
-from .packing import packing_transform, peel
+from .packing import packed_shape, packing_transform, peel
 
 
 class ModelError(ValueError):
@@ -38,6 +39,8 @@ class Statement:
     frames: tuple[tuple[str, int, int], ...]  # (name, dim, size) of the plates round it
     observed: bool
     infer: dict[str, Any]
+    value_shape: torch.Size  # of what is observed; that of fn where nothing is
+    weighed: bool  # whether a handler (`poutine.scale`, `poutine.mask`) changes what its log density counts
 
 
 class Survey(Messenger):
@@ -65,10 +68,13 @@ class Survey(Messenger):
         if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
             return
         frames = tuple((f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized)
-        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]))
+        scale, mask = msg["scale"], msg["mask"]
+        weighed = isinstance(scale, torch.Tensor) or scale != 1 or not (mask is None or mask is True)
+        shape = torch.Size(fn.shape()) if msg["value"] is None else torch.as_tensor(msg["value"]).shape
+        self.statements[name] = Statement(name, fn, frames, msg["is_observed"], dict(msg["infer"]), shape, weighed)
         if not msg["is_observed"]:
             transform = _transform(name, fn)
-            shape = fn.batch_shape + transform.inverse_shape(fn.event_shape)
+            shape = fn.batch_shape + packed_shape(fn, transform)
             like = fn.mean if _floating(fn) else self.like
             msg["value"] = transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
@@ -109,8 +115,8 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
                     f"site '{name}' stands outside the tasks plate but has one value per task or point (shape {tuple(shape)} for "
                     f'{tasks} tasks): move it inside `with pyro.plate("{TASKS}", points.num_tasks):`'
                 )
-            packed = fn.batch_shape + _transform(name, fn).inverse_shape(fn.event_shape)
-            theta.append(Site(name, torch.Size(shape), torch.Size(packed)))
+            packed = fn.batch_shape + packed_shape(fn, _transform(name, fn))
+            theta.append(Site(name, torch.Size(shape), packed, statement.frames))
             continue
         if len(statement.frames) > 1:
             extra = next(frame[0] for frame in statement.frames if frame[0] != TASKS)
@@ -128,8 +134,7 @@ def read(small: Survey, large: Survey, sizes: tuple[tuple[int, int], tuple[int, 
                 f"task-level site '{name}' has event shape {tuple(fn.event_shape)} for {points} points and {tuple(other.fn.event_shape)} "
                 f"for {points2}: a task's parameters must have a fixed size"
             )
-        packed = _transform(name, fn).inverse_shape(fn.event_shape)
-        sites.append(Site(name, torch.Size(fn.event_shape), torch.Size(packed)))
+        sites.append(Site(name, torch.Size(fn.event_shape), packed_shape(fn, _transform(name, fn))))
     if not sites:
         raise ModelError(f'no latent site in the tasks plate: a task needs parameters, sampled inside `with pyro.plate("{TASKS}", ...)`')
     return sites, theta, plates
@@ -196,6 +201,12 @@ def _check_target(survey: Survey, tasks: int, points: int) -> int:
             f'site "{TARGET}" has batch shape {tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} for {tasks} tasks of '
             f"{points} points: expected one independent distribution per point, ({tasks},) with .to_event(1) over the points, or a plate "
             "over points at dim=-1"
+        )
+    if len(target.value_shape) != len(fn.shape()):
+        raise ModelError(
+            f'site "{TARGET}": what is observed has shape {tuple(target.value_shape)}, its distribution {tuple(fn.shape())} for '
+            f"{tasks} tasks of {points} points: give y of shape ({', '.join(['T', 'N', *map(str, fn.shape()[2:])])})"
+            + (", or observe points.y[..., 0]" if target.value_shape == (*fn.shape(), 1) else "")
         )
     return 1 + len(inner)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from .episodes import Episode
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
 from .meta_gradient import MetaGradient, TrainingError
 from .metrics import task_mean
+from .randomness import checked_generator
 from .tasks.base import TaskFamily
 
 ALL_TASKS_UP_TO = 100
@@ -102,12 +104,13 @@ def meta_train(
     start, data and validation count for all, and it alone writes. Where a process is lost the others end with an error.
 
     Raises TrainingError where a loss or gradient is not finite, CheckpointError where ``checkpoint`` cannot be resumed from, ValueError
-    for arguments that make no sense.
+    for arguments that make no sense, TypeError for what cannot be trained and for an optimiser (LBFGS) or schedule (ReduceLROnPlateau)
+    whose ``step()`` needs an argument.
     """
     given = {name: value for name, value in locals().items() if name != "learner"}
     if not isinstance(learner, AbstractMetaLearner):
         raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
-    return _train(learner, _Options(**given | {"generator": torch.Generator().manual_seed(0) if generator is None else generator}))
+    return _train(learner, _Options(**given | {"generator": checked_generator(generator) or torch.Generator().manual_seed(0)}))
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,13 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     if not parameters:
         raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
     total = _number_of_tasks(learner, total, o.num_tasks)
-    optimiser = (o.optimizer or _adam)(parameters)
+    optimiser = _stepping("optimizer", (o.optimizer or _adam)(parameters), "torch.optim.Adam or SGD")
+    scheduler = _stepping("schedule", o.schedule(optimiser), "one of the step's number, as CosineAnnealingLR") if o.schedule else None
     gradient = MetaGradient(
         learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=shared,
         task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator),
     )  # fmt: skip
-    run = _Run(learner, parameters, optimiser, o.schedule(optimiser) if o.schedule else None, o.generator, gradient, group)
+    run = _Run(learner, parameters, optimiser, scheduler, o.generator, gradient, group)
     if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):
         run.load(o.checkpoint)
     run.begin_together()
@@ -219,7 +223,7 @@ def _train_members(learner: AbstractMetaLearner, o: _Options) -> History:
 
 def predictive_nll(adapter: AbstractAdapter, episode: Episode, *, num_draws: int = 100, generator: torch.Generator | None = None) -> Tensor:
     """Mean −log predictive density of each task's query points, ``(T,)``, in nats a point; NaN for a task without any."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = checked_generator(generator) or torch.Generator().manual_seed(0)
     query = adapter.prepared(episode.query, "query")
     assert query.y is not None
     posterior = adapter.adapt(episode.support, generator=generator)
@@ -352,6 +356,20 @@ def _seed(generator: torch.Generator) -> int:
 def _adam(parameters: list[Any]) -> torch.optim.Optimizer:
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.Adam(parameters, 1e-3, fused=fused)
+
+
+def _stepping(name: str, made: Any, instead: str) -> Any:
+    """What a factory made, where its ``step()`` needs no argument, else TypeError."""
+    if not callable(getattr(made, "step", None)):
+        raise TypeError(f"{name}: expected a factory of something with step(), say {instead}, got one of {type(made).__name__}")
+    parameters = inspect.signature(made.step).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise TypeError(
+            f"{name}: {type(made).__name__} needs step({', '.join(needed)}), and training calls step() after the gradient of each step: "
+            f"take {instead}"
+        )
+    return made
 
 
 def _all_finite(values: list[Any]) -> bool:

@@ -33,7 +33,10 @@ MAY_IMPORT = {
     "compiled": {"compiling", "episodes", "learners.base", "posteriors", "randomness"},
     "distributed": set(),
     "meta_gradient": {"compiling", "distributed", "episodes", "learners.base"},
-    "training": {"checkpoints", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "metrics", "plots", "tasks.base"},
+    "training": {
+        "checkpoints", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "metrics", "plots", "randomness",
+        "tasks.base",
+    },
     "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
     "evaluation": {
         "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth", "__version__",

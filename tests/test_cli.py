@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -103,6 +104,8 @@ def test_a_csv_file_of_ones_own(table, tmp_path, capsys):
     report = checked_folder(tmp_path / "out", ["CompletePooling", "Exact"])
     out = capsys.readouterr().out
     assert out.startswith("pupils.csv: 14 groups by school, 112 rows\n")
+    assert any("8 groups to train on, 3 held out, of 14" in note for note in report.notes)
+    assert "3 groups, a validation split, are neither trained on nor held out." in report.notes
     assert report.target == "math" and report.support_sizes.tolist() == [3, 3, 3] and report.query_sizes.tolist() == [5, 5, 5]
     # standardised inside, and in points of the test outside: nothing learned in two steps is near a unit
     assert 3 < float(next(row["estimate"] for row in rows(tmp_path / "out") if row["metric"] == "rmse")) < 40
@@ -157,18 +160,22 @@ def test_a_csv_file_becomes_a_panel(sent, table):
 
 
 def test_without_out_the_folder_is_named_after_the_family(monkeypatch, tmp_path, table):
+    folders = []
+
+    @dataclass
     class Done:
+        notes: tuple[str, ...] = ()
+
         def save(self, folder):
-            self.folder = folder
+            folders.append(folder.resolve())
 
         def table(self):
             return "table"
 
-    done = Done()
-    monkeypatch.setattr(cli, "compare", lambda family, **_: done)
+    monkeypatch.setattr(cli, "compare", lambda family, **_: Done())
     monkeypatch.chdir(tmp_path)
-    assert run("sinusoid") == 0 and done.folder.resolve() == tmp_path / "runs" / "sinusoid"
-    assert run(*columns(table)) == 0 and done.folder.resolve() == tmp_path / "runs" / "pupils"
+    assert run("sinusoid") == 0 and run(*columns(table)) == 0
+    assert folders == [tmp_path / "runs" / "sinusoid", tmp_path / "runs" / "pupils"]
 
 
 # --- mistakes
@@ -279,6 +286,22 @@ def test_what_the_parser_does_not_know_ends_with_status_2(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert "bayesmeta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["radon", "--stps", "3"], "got '--stps'; did you mean '--steps'?"),
+        (["--leaners=MAML"], "got '--leaners'; did you mean '--learners'?"),
+        (["radon", "-q"], "options: expected one of '--learners', '--steps'"),
+        (["radon", "sinusoid"], "expected one family, got also sinusoid"),
+    ],
+)
+def test_a_misspelt_option_gets_the_nearest(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 # --- help

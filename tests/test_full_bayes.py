@@ -55,6 +55,16 @@ def test_a_draw_of_theta_moves_every_learner(float64):
     assert model.initial(e.support)[0].item() == 0.0
 
 
+def test_draws_of_theta_are_loaded_however_many_there_are(float64):
+    e = episode()
+    model, twin = (HierarchicalModel(hierarchical, example=e, theta="nuts") for _ in range(2))
+    model.theta_draws = torch.tensor([[-3.0], [3.0], [1.0]])
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.theta_draws, model.theta_draws)
+    with pytest.raises(RuntimeError, match="theta_draws"):
+        HierarchicalModel(hierarchical, example=e).load_state_dict(model.state_dict())
+
+
 def test_models_of_another_kind_are_refused(float64):
     e = episode()
     with pytest.raises(ValueError, match=r"theta='nuts'.*got theta='map'"):

@@ -76,6 +76,37 @@ def make(program, theta="map", **options):
 # --- packing and densities
 
 
+def bounds_that_move(points):
+    """Supports with a bound for each task, or each draw: from a parameter, a global site and another task-level site."""
+    least = pyro.param("least", torch.tensor(0.5), constraint=constraints.positive)
+    top = pyro.sample("top", dist.Pareto(torch.ones(2), 3.0).to_event(1))
+    with pyro.plate("tasks", points.num_tasks, dim=-2):
+        width = pyro.sample("width", dist.Pareto(least, 3.0))
+        part = pyro.sample("part", dist.Uniform(-width, width))
+        both = pyro.sample("both", dist.Uniform(-1.0, top.expand(points.num_tasks, 1, 2)).to_event(1))
+        with pyro.plate("points", points.num_points, dim=-1):
+            pyro.sample("y", dist.Normal(width + part * points.x[..., 0] + both.sum(-1), 1.0), obs=points.y)
+
+
+@pytest.mark.parametrize("theta", ["map", "variational"])
+@pytest.mark.parametrize("draws", [(), (3,), (2, 3)])
+def test_bounds_may_follow_from_theta_and_other_sites(float64, draws, theta):
+    model, e, phi = make(bounds_that_move, theta), episode(), torch.randn(*draws, 4, 4)
+    assert [(site.name, site.size) for site in model.sites] == [("width", 1), ("part", 1), ("both", 2)]
+    sites, top = model.unpack(phi), model.theta()["top"].detach()
+    share = phi[..., 1:].sigmoid()
+    width = 0.5 + phi[..., 0].exp()
+    part, both = width * (2 * share[..., 0] - 1), (1 + top) * share[..., 1:] - 1
+    for name, value in (("width", width), ("part", part), ("both", both)):
+        torch.testing.assert_close(sites[name].detach(), value, rtol=0, atol=1e-9)
+    torch.testing.assert_close(model.pack(sites), phi, rtol=0, atol=1e-7)
+    prior = (3 * 0.5**3 / width**4).log() + phi[..., 0] + (share * (1 - share)).log().sum(-1)  # a Uniform's 1/width is its Jacobian's
+    torch.testing.assert_close(model.log_prior(phi, e).detach(), prior, rtol=0, atol=1e-9)
+    mean = (width + both.sum(-1))[..., None] + part[..., None] * e.support.filled().x[..., 0].double()
+    likelihood = torch.where(e.support.mask, dist.Normal(mean, 1.0).log_prob(e.support.filled().y.double()), 0.0).sum(-1)
+    torch.testing.assert_close(model.log_likelihood(phi, e.support).detach(), likelihood, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("draws", [(), (2,), (2, 3)])
 def test_pack_is_the_inverse_of_unpack_for_every_kind_of_site(float64, draws):
     model = make(every_kind_of_site)
@@ -241,6 +272,27 @@ def test_a_prior_that_depends_on_data_and_other_sites_is_no_normal(float64):
     torch.testing.assert_close(model.prior(points).log_prob(phi), torch.as_tensor(wanted), rtol=0, atol=1e-12)
     draws = model.prior(points).sample((50_000,))
     assert torch.corrcoef(draws[:, 0].T)[0, 1].item() == pytest.approx(2 / math.sqrt(4.25), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("handler", "counts"),
+    [
+        (lambda: pyro.poutine.scale(scale=0.25), 0.25), (lambda: pyro.poutine.scale(scale=torch.tensor(3.0)), 3.0),
+        (lambda: pyro.poutine.mask(mask=torch.tensor(False)), 0.0), (lambda: pyro.poutine.mask(mask=True), 1.0),
+    ],
+)  # fmt: skip
+def test_a_prior_under_a_handler_counts_what_it_counts_in_the_joint(float64, handler, counts):
+    def program(points):
+        with pyro.plate("tasks", points.num_tasks):
+            with handler():
+                level = pyro.sample("level", dist.Normal(0.5, 2.0))
+            pyro.sample("y", dist.Normal(level[..., None] + 0 * points.x[..., 0], 1.0).mask(points.mask).to_event(1), obs=points.y)
+
+    e, phi = episode(), torch.randn(3, 4, 1)
+    model = HierarchicalModel(program, example=e)
+    wanted = counts * dist.Normal(0.5, 2.0).log_prob(phi[..., 0])
+    torch.testing.assert_close(model.log_prior(phi, e), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.prior(e).log_prob(phi), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("masked", [True, False])

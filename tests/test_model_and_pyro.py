@@ -359,3 +359,22 @@ def test_any_name_does_for_a_parameter(float64, word):
         parameter.fill_(3.0)
     twin.load_state_dict(model.state_dict())
     assert twin.initial(e)[0, 0] == 3.0
+
+
+@pytest.mark.parametrize(("one", "other"), [("a.b", "a__b"), ("a__b", "a.b"), ("half", "half_"), ("half_", "half")])
+def test_names_that_look_alike_are_two_parameters(float64, one, other):
+    def program(points):
+        mean, sd = pyro.param(one, torch.tensor(0.25)), pyro.param(other, torch.tensor(2.0), constraint=dist.constraints.positive)
+        with pyro.plate("tasks", points.num_tasks):
+            level = pyro.sample("level", dist.Normal(mean, sd))
+            pyro.sample("y", dist.Normal(level[..., None] + 0 * points.x[..., 0], 1.0).to_event(1), obs=points.y)
+
+    e = episode()
+    model = HierarchicalModel(program, example=e)
+    assert len(list(model.parameters())) == 2
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    twin = HierarchicalModel(program, example=e)
+    twin.load_state_dict(model.state_dict())
+    for moments in (model.prior_moments(e), twin.prior_moments(e)):
+        torch.testing.assert_close(torch.stack([v[0, 0] for v in moments]), torch.tensor([1.25, 2.0]), rtol=0, atol=1e-12)

@@ -7,7 +7,10 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from bayesmeta import HierarchicalModel, ModelError, Points
+from bayesmeta import Episode, HierarchicalModel, ModelError, Points
+from bayesmeta.learners import MAML, MatchingNet
+from bayesmeta.likelihoods import Categorical, Gaussian
+from bayesmeta.networks import PrototypeNetwork, WeightNetwork
 
 from .conftest import ragged
 
@@ -251,6 +254,16 @@ def is_broken(points):
 
 
 PLATE = r'`with pyro.plate("tasks", points.num_tasks):`'
+def bounds_from_the_data(points):
+    with tasks(points):
+        observe(points, at(pyro.sample("level", dist.Uniform(0.0, 1.0 + points.x[..., 0].abs().amax(-1))), points))
+
+
+def bounds_from_the_number_of_points(points):
+    with tasks(points):
+        observe(points, at(pyro.sample("level", dist.Pareto(points.mask.sum(-1).float(), 2.0)), points))
+
+
 REFUSED = {  # what the message says: the rule, the culprit, the remedy
     nothing: ('no plate named "tasks"', "plates found: none", PLATE),
     no_plate: ('no plate named "tasks"', PLATE),
@@ -274,6 +287,8 @@ REFUSED = {  # what the message says: the rule, the culprit, the remedy
     parameters_grow_with_points: ("'effect' has event shape (4,) for 4 points and (5,) for 5", "fixed size"),
     a_prior_with_points: ("'effect' has batch shape (2, 4), expected (2, 1)", "no parameter of a task"),
     a_vector_without_event: ("'effect' has batch shape (3, 2), expected (2,)", "a vector needs .to_event(1)"),
+    bounds_from_the_data: ("'level': the bounds of its support are taken from the data", "Uniform(0, 1)", "stretch it afterwards"),
+    bounds_from_the_number_of_points: ("'level': the bounds of its support are taken from the data", "stretch it afterwards"),
     task_site_outside: ("'effect' stands outside the tasks plate", "one value per task or point", PLATE),
     point_site_outside: ("'effect' stands outside the tasks plate", "one value per task or point", "shape (4,)"),
     a_parameter_per_task: ("pyro.param('mean') has shape (2,) in one run and (3,)", "must not depend on the numbers of tasks", PLATE),
@@ -335,6 +350,64 @@ def test_a_model_is_as_before_and_usable_once_the_program_is_mended(program, the
     assert model.initial(points).dtype == torch.float32
     assert model.dim == 1
     assert not list(model.parameters())
+
+
+def wants_numbers(points):
+    with tasks(points):
+        observe(points, at(level(), points))
+
+
+def wants_classes(points):
+    with tasks(points):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Categorical(logits=w[..., None, :] * points.x).to_event(1), obs=points.y)
+
+
+def test_a_y_with_an_axis_too_many():
+    points = ragged((3, 5, 2))
+    wide = points._replace(y=points.y[..., None])
+    with pytest.raises(ModelError, match=r"has shape \(2, 4, 1\), its distribution \(2, 4\).*y of shape \(T, N\), or observe points\.y"):
+        HierarchicalModel(wants_numbers, example=wide)
+    model = HierarchicalModel(wants_numbers, example=points)
+    with pytest.raises(ValueError, match=r"y: expected shape \(T, N\), as the program's likelihood has it, got \(3, 5, 1\)"):
+        MAML(model).adapt(wide)
+    with pytest.raises(ModelError, match=r"observed has shape \(2, 4\), its distribution \(2, 4, 3\).*give y of shape \(T, N, 3\)$"):
+        outputs = HierarchicalModel.from_network(WeightNetwork(nn.Linear(1, 3)), Gaussian())
+        outputs.materialise(points)
+
+
+def test_a_class_that_there_is_not():
+    points = ragged((3, 5, 2))
+    y = torch.zeros(3, 5, dtype=torch.long)
+    y[1, 3] = 3
+    with pytest.raises(ValueError, match=r"points\.y: task 1, point 3: the likelihood expects a value in .*upper_bound=2\), got 3"):
+        HierarchicalModel(wants_classes, example=points._replace(y=y))
+    first = points._replace(y=torch.full_like(y, 3))
+    with pytest.raises(ValueError, match=r"query\.y: task 0, point 0: the likelihood expects a value in .*, got 3"):
+        HierarchicalModel(wants_classes, example=Episode(points._replace(y=torch.zeros_like(y)), first))
+    with pytest.raises(ValueError, match=r"points\.y: task 0, point 0: the likelihood expects a value in .*, got 3"):
+        HierarchicalModel.from_network(WeightNetwork(nn.Linear(1, 3)), Categorical(3), example=first)
+
+
+def test_what_is_no_network():
+    with pytest.raises(TypeError, match=r"network: expected one of bayesmeta\.networks, got Linear: wrap .*WeightNetwork\(module\)"):
+        HierarchicalModel.from_network(nn.Linear(1, 1), Gaussian())
+    with pytest.raises(TypeError, match=r"likelihood: got the class Gaussian: construct it, say Gaussian\(\)"):
+        HierarchicalModel.from_network(WeightNetwork(nn.Linear(1, 1)), Gaussian)
+
+
+@pytest.mark.parametrize("kind", ["program", "matching"])
+def test_points_are_no_inputs(kind):
+    points = ragged((3, 3))
+    if kind == "program":
+        posterior = MAML(HierarchicalModel(wants_numbers)).adapt(points)
+    else:
+        points = points._replace(y=torch.tensor([[0, 1, 0], [1, 0, 0]]))
+        network = PrototypeNetwork(nn.Linear(1, 2), 2, 2)
+        posterior = MatchingNet(HierarchicalModel.from_network(network, Categorical(2))).adapt(points)
+    for data in (points, Episode(points, points)):
+        with pytest.raises(TypeError, match=rf"x: expected inputs of shape \(T, N, \*I\), got {type(data).__name__}: .* say points\.x"):
+            posterior.predict(data)
 
 
 def test_dim_before_any_data_says_what_to_do():

@@ -5,7 +5,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from bayesmeta import HierarchicalModel, meta_train
+from bayesmeta.learners import ABML
 from bayesmeta.randomness import rng
+from bayesmeta.tasks import Sinusoid
+
+from .conftest import episode, radon_program
 
 
 def generator(seed=5):
@@ -46,6 +51,22 @@ def test_without_a_generator_the_callers_stream_is_replayed():
         assert not torch.equal(torch.rand(3), first)
 
 
+@pytest.mark.parametrize("value", [3, True, torch.Generator, "cpu"])
+def test_what_is_no_generator_is_refused_everywhere(value):
+    e = episode()
+    learner = ABML(HierarchicalModel(radon_program, e))
+    q, before = learner.adapt(e.support), torch.get_rng_state()
+    for call in (
+        lambda: learner.adapt(e.support, generator=value), lambda: learner.meta_loss(e, generator=value),
+        lambda: q.draws(3, generator=value), lambda: q.sites(3, generator=value), lambda: q.predict(e.query.filled().x, generator=value),
+        lambda: q.predict(e.query.filled().x).sample(generator=value), lambda: meta_train(learner, e, steps=1, generator=value),
+        lambda: Sinusoid().sample(3, generator=value),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator.*, got "):
+            call()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_blocks_inside_each_other_do_not_touch():
     outer, inner = generator(1), generator(2)
     with rng(outer):
@@ -82,7 +103,7 @@ def test_a_seed_set_inside_does_not_leak():
 
 
 def test_a_generator_elsewhere_is_refused_and_nothing_moves():
-    class Elsewhere:
+    class Elsewhere(torch.Generator):
         device = torch.device("cuda")
 
     before = torch.get_rng_state()

@@ -245,6 +245,22 @@ def test_an_optimiser_instead_of_a_factory_is_explained():
         meta_train(maml(), episode(), steps=1, optimizer=ready)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, r"optimizer: LBFGS needs step\(closure\).*take torch\.optim\.Adam"),
+        ({"optimizer": lambda params: None}, r"optimizer: expected a factory of something with step\(\).*NoneType"),
+        ({"schedule": lr_scheduler.ReduceLROnPlateau}, r"schedule: ReduceLROnPlateau needs step\(metrics\).*CosineAnnealingLR"),
+        ({"schedule": lambda optimiser: 0.1}, r"schedule: expected a factory of something with step\(\).*float"),
+    ],
+)
+def test_what_cannot_be_stepped_is_refused_before_the_first_step(options, words):
+    learner = maml()
+    with pytest.raises(TypeError, match=words):
+        meta_train(learner, episode(), steps=1, **options)
+    assert torch.equal(learner.model.params["mean"], torch.tensor([1.0, -0.5]))
+
+
 # --- how many tasks
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..episodes import Episode, Points
-from ..model import HierarchicalModel, announce
+from ..model import HierarchicalModel, announce, refuse_unread
 from ..posteriors import MixturePosterior, Posterior, TaskPosterior
 from ..randomness import rng
 
@@ -30,6 +30,7 @@ class AbstractAdapter(nn.Module, ABC):
             raise TypeError(f"model: expected a HierarchicalModel, got {type(model).__name__}; write HierarchicalModel(program)")
         self.model = model
         self.members = ()  # an ensemble's, each with a model of its own
+        self.register_load_state_dict_pre_hook(_make_all)
 
     @abstractmethod
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
@@ -95,7 +96,8 @@ class AbstractAdapter(nn.Module, ABC):
             diagnostics = {**(diagnostics or {}), "diverged_tasks": float(count)}
             warnings.warn(
                 f"{type(self).__name__}: the adaptation of {count} of {len(diverged)} tasks diverged (the first is task {first}): "
-                "φ is not finite there, and no prediction; lower inner_lr or take fewer steps", RuntimeWarning, stacklevel=3,
+                "φ is not finite there, and no prediction; lower inner_lr (a Gaussian's steps grow as inner_lr / noise²) or take "
+                "fewer steps", RuntimeWarning, stacklevel=3,
             )  # fmt: skip
         return TaskPosterior(self.model, distribution, diagnostics)
 
@@ -148,7 +150,10 @@ class AbstractLazyModule(nn.Module, ABC):
 
 
 class LazyParameter(AbstractLazyModule):
-    """A learned tensor: ``make(model)`` gives its first value once the program is read."""
+    """A learned tensor: ``make(model)`` gives its first value once the program is read.
+
+    ``make``: a function of a module or a method, which a learner can be pickled with; a lambda cannot.
+    """
 
     def __init__(self, make: Callable[[HierarchicalModel], Tensor]) -> None:
         super().__init__()
@@ -160,6 +165,18 @@ class LazyParameter(AbstractLazyModule):
         """Makes the parameter, once."""
         if self.value is None:
             self.value = nn.Parameter(self.make(model).detach().clone())
+
+
+def _make_all(adapter: AbstractAdapter, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before ``load_state_dict``: makes every parameter if the program has been read; RuntimeError where it would be needed."""
+    refuse_unread(adapter, state_dict, prefix)
+    if all(one.model.has_seen_data for one in (adapter, *adapter.members)):
+        adapter.materialise(adapter.model.made_up_points(1, 1))
+
+
+def prior_mean(model: HierarchicalModel) -> Tensor:
+    """E[φ | θ] of one made-up task in packed space, ``(D,)``: what the first value of a `LazyParameter` is made from."""
+    return model.initial(model.made_up_points(1, 1))[0]
 
 
 def checked_steps(name: str, value: int, *, least: int = 0) -> int:

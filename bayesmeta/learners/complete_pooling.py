@@ -14,7 +14,7 @@ from torch import Tensor
 from ..episodes import Episode, Points
 from ..model import HierarchicalModel
 from ..posteriors import TaskPosterior, delta
-from .base import AbstractMetaLearner, LazyParameter
+from .base import AbstractMetaLearner, LazyParameter, prior_mean
 
 
 class CompletePooling(AbstractMetaLearner):
@@ -22,7 +22,7 @@ class CompletePooling(AbstractMetaLearner):
 
     def __init__(self, model: HierarchicalModel) -> None:
         super().__init__(model)
-        self.centre = LazyParameter(lambda model: model.initial(model.made_up_points(1, 1))[0])
+        self.centre = LazyParameter(prior_mean)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
         """A Delta at φ_c for every task."""

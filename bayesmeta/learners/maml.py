@@ -24,7 +24,7 @@ from ..episodes import Episode, Points
 from ..model import HierarchicalModel
 from ..posteriors import TaskPosterior, delta
 from ..randomness import rng
-from .base import AbstractMetaLearner, LazyParameter, checked_choice, checked_steps
+from .base import AbstractMetaLearner, LazyParameter, checked_choice, checked_steps, prior_mean
 from .objectives import mean_nll
 from .steps import descend
 
@@ -78,6 +78,4 @@ class MAML(AbstractMetaLearner):
 
     def _first_step_sizes(self, model: HierarchicalModel) -> Tensor:
         shape = {"scalar": (), "per_parameter": (model.dim,), "per_step": (self.inner_steps,)}
-        return model.initial(model.made_up_points(1, 1)).new_full(
-            shape.get(str(self.learn_lr), (self.inner_steps, model.dim)), self.inner_lr
-        )
+        return prior_mean(model).new_full(shape.get(str(self.learn_lr), (self.inner_steps, model.dim)), self.inner_lr)

@@ -33,7 +33,7 @@ from ..model import HierarchicalModel
 from ..networks import HeadNetwork, PrototypeNetwork
 from ..posteriors import FunctionPosterior
 from ..randomness import rng
-from .base import AbstractMetaLearner, LazyParameter, checked_choice
+from .base import AbstractMetaLearner, LazyParameter, checked_choice, prior_mean
 from .objectives import class_members, counts
 
 ATTENTION = ("cosine", "squared_distance")
@@ -57,7 +57,7 @@ class MatchingNet(AbstractMetaLearner):
             raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
         self.temperature, self.learn_temperature = temperature, learn_temperature
         if learn_temperature:
-            self.log_temperature = LazyParameter(lambda model: model.initial(model.made_up_points(1, 1)).new_tensor(math.log(temperature)))
+            self.log_temperature = LazyParameter(self._first_log_temperature)
         self._num_classes = likelihood.num_classes
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> FunctionPosterior:
@@ -92,3 +92,6 @@ class MatchingNet(AbstractMetaLearner):
 
     def _tau(self) -> Tensor | float:
         return self.log_temperature.value.exp() if self.learn_temperature else self.temperature
+
+    def _first_log_temperature(self, model: HierarchicalModel) -> Tensor:
+        return prior_mean(model).new_tensor(math.log(self.temperature))

@@ -22,7 +22,7 @@ from ..episodes import Episode, Points
 from ..model import HierarchicalModel
 from ..posteriors import TaskPosterior, delta
 from ..randomness import rng
-from .base import AbstractMetaLearner, LazyParameter, checked_steps
+from .base import AbstractMetaLearner, LazyParameter, checked_steps, prior_mean
 from .objectives import mean_nll, value_of
 from .steps import adam, derivatives, log_pseudo_determinant, newton
 
@@ -37,7 +37,7 @@ class NoPooling(AbstractMetaLearner):
         super().__init__(model)
         self.inner_steps, self.inner_lr, self.newton_dim = checked_steps("inner_steps", inner_steps), inner_lr, newton_dim
         self.why_eager = "maximum likelihood takes as many steps as the values ask for"
-        self.centre = LazyParameter(lambda model: model.initial(model.made_up_points(1, 1))[0])
+        self.centre = LazyParameter(prior_mean)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
         """A Delta at the maximum likelihood estimate nearest to φ_c; at φ_c without support points."""

@@ -38,7 +38,7 @@ from ..episodes import Episode, Points
 from ..model import HierarchicalModel
 from ..posteriors import Particles, TaskPosterior
 from ..randomness import rng
-from .base import AbstractMetaLearner, LazyParameter, checked_choice, checked_steps
+from .base import AbstractMetaLearner, LazyParameter, checked_choice, checked_steps, prior_mean
 from .noise import KINDS, standard_noise
 from .objectives import counts, mean_nll
 from .steps import descend
@@ -61,7 +61,7 @@ class PLATIPUS(AbstractMetaLearner):
         self.num_draws = checked_steps("num_draws", num_draws, least=1)
         self.num_particles = checked_steps("num_particles", num_particles, least=1)
         self.noise, self.kl_weight, self.first_order = checked_choice("noise", noise, KINDS), kl_weight, first_order
-        self.log_v_q = LazyParameter(lambda model: model.prior_moments(model.made_up_points(1, 1))[1][0].log())
+        self.log_v_q = LazyParameter(self._first_log_v_q)
         self.gamma_p, self.gamma_q = LazyParameter(self._first_gamma), LazyParameter(self._first_gamma)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
@@ -103,4 +103,7 @@ class PLATIPUS(AbstractMetaLearner):
         return phi
 
     def _first_gamma(self, model: HierarchicalModel) -> Tensor:
-        return model.initial(model.made_up_points(1, 1))[0].new_full((model.dim,), self.shift_lr)
+        return prior_mean(model).new_full((model.dim,), self.shift_lr)
+
+    def _first_log_v_q(self, model: HierarchicalModel) -> Tensor:
+        return model.prior_moments(model.made_up_points(1, 1))[1][0].log()

@@ -1,6 +1,7 @@
 """ABML: its fixed point, its noise, and one maths through two doors (ours and Pyro's)."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
@@ -43,8 +44,23 @@ def test_a_smaller_kl_weight_widens_less_towards_the_prior(linear_model):
     assert (full.mean[0] - mean).abs().max() < 1e-6 < (light.mean[0] - mean).abs().max()
 
 
+def program_with_global_plates(points):
+    """Global sites in plates of their own: two in one plate, one with an event, one in two plates, one in none."""
+    noise = pyro.sample("noise", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("features", 3):
+        mean = pyro.sample("mean", dist.Normal(torch.tensor(0.2), 1.0))
+        sd = pyro.sample("sd", dist.HalfNormal(1.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 4, dim=-1):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    with pyro.plate("tasks", points.num_tasks):
+        w = pyro.sample("w", dist.Normal(mean, sd).to_event(1))
+        y_hat = (w @ weights.mT)[..., None, 0] * points.x[..., 0] + shift.sum() + w.sum(-1, keepdim=True)
+        pyro.sample("y", dist.Normal(y_hat, noise).mask(points.mask).to_event(1), obs=points.y)
+
+
 @pytest.mark.parametrize("noise", ["whitened", "antithetic", "iid"])
-@pytest.mark.parametrize("program", [radon_program, positive_program])
+@pytest.mark.parametrize("program", [radon_program, positive_program, program_with_global_plates])
 @pytest.mark.parametrize("theta", ["map", "variational"])
 def test_the_loss_is_pyros_mean_field_elbo(float64, program, noise, theta):
     e = episode(counts_as_targets=True)
@@ -69,7 +85,7 @@ def test_trace_elbo_agrees_on_average(float64):
     assert gap < 4 * error
 
 
-@pytest.mark.parametrize("program", [radon_program, positive_program])
+@pytest.mark.parametrize("program", [radon_program, positive_program, program_with_global_plates])
 def test_svi_and_meta_train_take_the_same_path(float64, program):
     e = episode(counts_as_targets=True)
     one, two = (HierarchicalModel(program, example=e) for _ in range(2))

@@ -1,5 +1,6 @@
 """What every learner promises, run over a dictionary name → constructor. A new learner is one line here."""
 
+import pickle
 import warnings
 
 import pyro
@@ -367,6 +368,50 @@ def test_float32_and_unmaterialised(name):
     posterior = learner.adapt(support, generator=seeded())
     assert posterior.mean.dtype == torch.float32
     assert posterior.mean.isfinite().all()
+
+
+@every_learner
+@pytest.mark.parametrize("materialised", [False, True])
+def test_a_pickled_learner_adapts_as_before(name, materialised):
+    torch.set_default_dtype(torch.float64)
+    learner, e = LEARNERS[name](HierarchicalModel(radon_program)), data("user program")
+    if materialised:
+        learner.materialise(e.support)
+    twin = pickle.loads(pickle.dumps(learner))
+    pairs = zip(*(numbers(one.adapt(e.support, generator=seeded())) for one in (learner, twin)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@every_meta_learner
+def test_a_state_is_loaded_whole_or_refused(name):
+    """Without `materialise` where the model has seen data; where it has not, an error says what to do."""
+    learner, e = make(name)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter += 0.01
+    twin = LEARNERS[name](HierarchicalModel(radon_program, example=e.support))
+    twin.load_state_dict(learner.state_dict())
+    pairs = zip(*(numbers(one.adapt(e.support, generator=seeded())) for one in (learner, twin)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(RuntimeError, match=r"has not seen data yet, so it has no place for .*example=points.*materialise\(points\)"):
+        LEARNERS[name](HierarchicalModel(radon_program)).load_state_dict(learner.state_dict())
+
+
+def test_a_state_for_a_network_that_has_seen_no_data():
+    """A network has its parameters from the start; a learner may not."""
+    learner, e = make("MAML", "weight network")
+    with torch.no_grad():
+        learner.model.program.prior.loc += 0.1
+    twin = LEARNERS["MAML"](network())
+    twin.load_state_dict(learner.state_dict())
+    assert torch.equal(learner.adapt(e.support).mean, twin.adapt(e.support).mean)
+    learner.model.load_state_dict(twin.model.state_dict())
+    platipus, _ = make("PLATIPUS", "weight network")
+    with pytest.raises(RuntimeError, match=r"this PLATIPUS has not seen data yet, so it has no place for 'gamma_p\.value', 'gamma_q"):
+        LEARNERS["PLATIPUS"](network()).load_state_dict(platipus.state_dict())
+    with pytest.raises(RuntimeError, match="its starting point is still to come"):  # drawn when it sees data, which would undo the load
+        ensemble = LEARNERS["Ensemble of MAMLs"](network())
+        ensemble.load_state_dict(ensemble.state_dict())
 
 
 def test_the_warning_filter_is_needed():

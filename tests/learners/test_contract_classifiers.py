@@ -1,5 +1,7 @@
 """The contract for learners made for classification alone, whose support sets must show every class: one line here for a new one."""
 
+import pickle
+
 import pyro
 import pytest
 import torch
@@ -179,6 +181,14 @@ def test_bad_input_is_named_and_randomness_is_explicit(name):
     learner.meta_loss(e)
     assert torch.equal(before, torch.get_rng_state())
     assert not pyro.get_param_store().keys()
+
+
+@every_learner
+def test_a_pickled_learner_adapts_as_before(name):
+    learner, e = make(name)
+    pickle.loads(pickle.dumps(LEARNERS[name]()))  # one that has seen no data
+    twin, x = pickle.loads(pickle.dumps(learner)), e.query.filled().x
+    assert torch.equal(probs(learner, e.support, x), probs(twin, e.support, x))
 
 
 @every_learner

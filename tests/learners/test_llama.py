@@ -353,6 +353,14 @@ def test_a_diverged_task_is_nan_of_its_own(linear_model):
     assert q.mean[1].isnan().all()
 
 
+@pytest.mark.parametrize("curvature", KINDS)
+def test_a_network_that_has_diverged_is_nan_and_says_why(curvature):
+    model, points = wide_network(), ragged((4, 3))
+    with pytest.warns(RuntimeWarning, match=r"2 of 2 tasks diverged.*lower inner_lr \(a Gaussian's steps grow as inner_lr / noise²\)"):
+        q = LLAMA(model, inner_steps=40, inner_lr=1e6, curvature=curvature, hessian="gauss_newton").adapt(points)
+    assert q.mean.isnan().all()
+
+
 def test_a_prior_without_curvature_of_its_own_still_gives_a_normal(float64):
     """A Student-t prior bends the wrong way far out: the floor is a tenth of the prior's precision."""
 

@@ -1,13 +1,17 @@
 """MAML against its closed form, Grant's identity and the published hand computation."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from bayesmeta import Episode, HierarchicalModel, Points
-from bayesmeta.learners import MAML
+from bayesmeta import Episode, HierarchicalModel, Points, meta_train
+from bayesmeta.learners import LLAMA, MAML, Reptile
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import WeightNetwork
+from bayesmeta.tasks import Sinusoid
+from bayesmeta.training import predictive_nll
 
 from ..conftest import episode, ragged
 from .closed_forms import design, maml, theta
@@ -136,3 +140,21 @@ def test_unknown_options_answer_with_the_nearest(linear_model):
         MAML(linear_model, learn_lr="per_stp")
     with pytest.raises(ValueError, match=r"inner_steps: expected a whole number of at least 0, got -1"):
         MAML(linear_model, inner_steps=-1)
+
+
+def sinusoid_network(noise):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    return HierarchicalModel.from_network(WeightNetwork(body), Gaussian(noise))
+
+
+@pytest.mark.parametrize("make", [MAML, Reptile, partial(LLAMA, curvature="last_layer", hessian="gauss_newton")])
+def test_the_default_step_size_is_that_of_noise_1(float64, make):
+    """α at noise 1 is α s² at noise s, to rounding; the defaults of all train a network from noise 1."""
+    e = Sinusoid.maml().sample(10, generator=torch.Generator().manual_seed(0))
+    one, other = make(sinusoid_network(1.0)), make(sinusoid_network(0.1), inner_lr=0.1 * 0.1**2)
+    assert one.inner_lr == 0.1
+    torch.testing.assert_close(one.adapt(e.support).mean, other.adapt(e.support).mean, rtol=0, atol=1e-9)
+    before = predictive_nll(one, e).mean()
+    meta_train(one, e, steps=30)
+    assert predictive_nll(one, e).mean() < before
