@@ -1,0 +1,58 @@
+"""NumPyro's step of the amortized learner: `SVI` with `TraceMeanField_ELBO`, jitted; the same model, guide and weights."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import Array
+from numpyro.infer import SVI, TraceMeanField_ELBO
+
+from . import jaxed, loops, workloads
+from .workloads import Contender, Workload
+
+DRAWS = 200  # of the first loss: its noise is NumPyro's own
+
+
+def svi(w: Workload) -> Contender | None:
+    """None for all but the ELBO. Its one loss is the mean of `DRAWS` first losses under different noise."""
+    if w.kind != "elbo":
+        return None
+    first = {n: jnp.asarray(v.detach().numpy()) for n, v in loops.start_of(w).items()}
+    (x, y, _), (qx, qy, _) = workloads.episode(w)
+    data = jnp.asarray(jnp.concatenate([x.numpy()[..., 0], qx.numpy()[..., 0]], 1)), jnp.concatenate([y.numpy(), qy.numpy()], 1)
+
+    def parameters(names: list[str]) -> dict[str, Array]:
+        return {n: numpyro.param(n, first[n]) for n in names}
+
+    ours = [n for n in first if n.startswith("model.")]
+
+    def model(x: Array, y: Array) -> None:
+        p = parameters(ours)
+        mean, sd = p["model.params.mean"], jnp.exp(p["model.params.sd"])
+        with numpyro.plate("tasks", len(x)):
+            level = numpyro.sample("level", dist.Normal(mean[0], sd[0]))
+            slope = numpyro.sample("slope", dist.Normal(mean[1], sd[1]))
+            y_hat = level[:, None] + slope[:, None] * x
+            numpyro.sample("y", dist.Normal(y_hat, jnp.exp(p["model.params.noise"])).to_event(1), obs=y)
+
+    def guide(x: Array, y: Array) -> None:
+        loc, sd = jax.vmap(jaxed.posterior, (None, 0, 0))(parameters(list(first)), x, y)
+        with numpyro.plate("tasks", len(x)):
+            numpyro.sample("level", dist.Normal(loc[:, 0], sd[:, 0]))
+            numpyro.sample("slope", dist.Normal(loc[:, 1], sd[:, 1]))
+
+    inference = SVI(model, guide, numpyro.optim.Adam(workloads.ADAM), TraceMeanField_ELBO())
+    state = inference.init(jax.random.key(0), *data)
+    losses = jax.jit(jax.vmap(lambda key: inference.evaluate(state._replace(rng_key=key), *data)))(jax.random.split(jax.random.key(1), DRAWS))
+    update = jax.jit(inference.update, donate_argnums=0)
+
+    def step() -> float:
+        nonlocal state
+        state, loss = update(state, *data)
+        return float(loss) / w.tasks
+
+    start = time.perf_counter()
+    step()
+    return Contender(step, [float(losses.mean()) / w.tasks], time.perf_counter() - start)
