@@ -27,13 +27,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 def jitted(w: Workload) -> Contender:
     theta = {n: jnp.asarray(v.detach().numpy()) for n, v in loops.start_of(w).items()}
-    (x, y, _), (qx, qy, _) = workloads.episode(w)
-    data = [jnp.asarray(v.numpy()) for v in (x, y, qx, qy)]
-    task_loss = {"bmaml": bmaml, "abml": abml, "elbo": elbo}.get(w.kind, maml)(w)
-
-    def loss(theta: Theta, noise: tuple[Array, ...], data: list[Array]) -> Array:
-        in_axes = (None, *(None if w.kind == "abml" and i == 0 else 0 for i in range(len(noise))), *(0 for _ in data))
-        return jax.vmap(task_loss, in_axes)(theta, *noise, *data).mean()
+    data, loss = _data(w), _loss(w)
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def update(theta: Theta, first: Theta, second: Theta, count: Array, data: list[Array]) -> tuple[Any, ...]:
@@ -45,8 +39,8 @@ def jitted(w: Workload) -> Contender:
         theta = jax.tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) / root + 1e-8), theta, first, second)
         return value, theta, first, second, count
 
-    fed = [jnp.asarray(v.numpy()) for v in loops.noise_of(w, torch.Generator().manual_seed(0))]
-    known = [float(jax.jit(loss)(theta, fed[:1] and (fed[0][0], *fed[1:]) if w.kind == "abml" else tuple(fed), data))] if fed else []
+    fed = tuple(jnp.asarray(v.numpy()) for v in loops.noise_of(w, torch.Generator().manual_seed(0)))
+    known = [float(jax.jit(loss)(theta, fed, data))] if w.is_random else []
     state = [theta, *(jax.tree.map(jnp.zeros_like, theta) for _ in range(2)), jnp.zeros((), jnp.int32)]
 
     def step() -> float:
@@ -60,6 +54,22 @@ def jitted(w: Workload) -> Contender:
     return Contender(step, known or [*losses, step(), step()], seconds)
 
 
+def mean_loss(w: Workload) -> Callable[[Theta, Array], Array]:
+    """The loss at θ under the noise of a key."""
+    data, loss = _data(w), _loss(w)
+    return lambda theta, key: loss(theta, _noise(w, key), data)
+
+
+def _loss(w: Workload) -> Callable[[Theta, tuple[Array, ...], list[Array]], Array]:
+    task_loss = {"bmaml": bmaml, "abml": abml, "elbo": elbo}.get(w.kind, maml)(w)
+    return lambda theta, noise, data: jax.vmap(task_loss, (None, *(0 for _ in (*noise, *data))))(theta, *noise, *data).mean()
+
+
+def _data(w: Workload) -> list[Array]:
+    (x, y, _), (qx, qy, _) = workloads.episode(w)
+    return [jnp.asarray(v.numpy()) for v in (x, y, qx, qy)]
+
+
 def _noise(w: Workload, key: Array) -> tuple[Array, ...]:
     if w.kind == "elbo":
         return (jax.random.normal(key, (w.tasks, 2)),)
@@ -67,7 +77,8 @@ def _noise(w: Workload, key: Array) -> tuple[Array, ...]:
         return ()
     inner, outer = jax.random.split(key)
     size = (w.steps, workloads.DRAWS, loops.DIM)
-    return jax.random.normal(inner, size), jax.random.normal(outer, (w.tasks, loops.DIM))
+    shared = jnp.broadcast_to(jax.random.normal(inner, size), (w.tasks, *size))
+    return shared, jax.random.normal(outer, (w.tasks, loops.DIM))
 
 
 # --- MAML

@@ -216,7 +216,7 @@ def abml(w: Workload, gradient: Gradient) -> Loss:
         def inner_loss(at: Parameters, noise: Tensor, x: Tensor, y: Tensor) -> Tensor:
             return minus_elbo(loc + scale * at["mu"], scale + scale * at["sigma"], noise, x, y) / len(y)
 
-        at = {name: loc * 0 for name in ("mu", "sigma")}  # steps so far, in prior sds
+        at = dict.fromkeys(("mu", "sigma"), loc * 0)  # steps so far, in prior sds
         for k in range(w.steps):
             step = gradient(inner_loss)(at, noise[k], x, y)
             at = {name: v - w.inner_lr * step[name] for name, v in at.items()}

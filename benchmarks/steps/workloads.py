@@ -36,18 +36,18 @@ class Workload:
 
 
 WORKLOADS = [
-    *(Workload(f"W1 sinusoid MAML, {t} tasks, {k} step{'s' * (k > 1)}", "sinusoid", t, k) for t, k in ((25, 1), (25, 5), (25, 20), (4, 1), (4, 5))),
-    *(Workload(f"W2 Omniglot-shaped MAML, 16 tasks, {k} step{'s' * (k > 1)}", "omniglot", 16, k) for k in (1, 5)),
-    *(Workload(f"W3 BMAML, 10 particles, 25 tasks, {k} step{'s' * (k > 1)}", "bmaml", 25, k) for k in (1, 5)),
-    Workload("W4 ABML, 5 draws, 25 tasks, 5 steps", "abml", 25, 5),
-    *(Workload(f"W5 radon MAML, {t} tasks, 5 steps", "radon", t, 5) for t in (85, 1000)),
+    *(Workload(f"W1 sinusoid MAML, {t} tasks, K = {k}", "sinusoid", t, k) for t, k in ((25, 1), (25, 5), (25, 20), (4, 1), (4, 5))),
+    *(Workload(f"W2 Omniglot-shaped MAML, 16 tasks, K = {k}", "omniglot", 16, k) for k in (1, 5)),
+    *(Workload(f"W3 BMAML, 10 particles, 25 tasks, K = {k}", "bmaml", 25, k) for k in (1, 5)),
+    Workload("W4 ABML, 5 draws, 25 tasks, K = 5", "abml", 25, 5),
+    *(Workload(f"W5 radon MAML, {t} tasks, K = 5", "radon", t, 5) for t in (85, 1000)),
     *(Workload(f"W5 radon amortized ELBO, {t} tasks", "elbo", t) for t in (85, 1000)),
 ]
 
 
 @dataclass
 class Contender:
-    """``step``: one training step, returns its loss. ``losses``: of the first ones. ``seconds``: until the first was done, compilation included."""
+    """``step``: takes a training step, returns its loss. ``losses``: of the first ones. ``seconds``: of the first, with compilation."""
 
     step: Callable[[], float]
     losses: list[float]
