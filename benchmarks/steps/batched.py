@@ -1,7 +1,6 @@
 """What an expert writes for one model and one learner: tasks batched by hand, `torch.compile` over loss, gradient and Adam in one graph."""
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
@@ -34,17 +33,14 @@ def batched(w: Workload) -> Contender | None:
         new = {n: v - rate * first[n] / (second[n].sqrt() / root + 1e-8) for n, v in parameters.items()}
         return value, new, first, second, count
 
+    @torch.no_grad()
     def step() -> float:
         nonlocal state, count
         value, *state, count = update(*state, count, *next(data))
         return value.item()
 
     torch.compiler.reset()
-    start = time.perf_counter()
-    with torch.no_grad():
-        losses = [step()]
-    seconds = time.perf_counter() - start
-    return Contender(torch.no_grad()(step), [*losses, step(), step()], seconds)
+    return Contender.of(step)
 
 
 def _sinusoid(w: Workload) -> Callable[..., Tensor]:

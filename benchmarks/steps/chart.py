@@ -46,7 +46,7 @@ def ratios(rows: Rows, path: Path) -> None:
         ax.tick_params(labelbottom=True, labelsize=8)
         ax.set_title(str(name), fontsize=9, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Time of a training step, as a multiple of this package's compiled step (smaller is faster)", fontsize=11)
+    figure.suptitle(f"Time of a training step, as a multiple of {LABELS[str(rows[0]['contender'])]} (smaller is faster)", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

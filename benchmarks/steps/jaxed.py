@@ -5,7 +5,6 @@ draw their own inside of the jitted function.
 """
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,10 +47,9 @@ def jitted(w: Workload) -> Contender:
         value, *state = update(*state, data)
         return float(value)
 
-    start = time.perf_counter()
-    losses = [step()]
-    seconds = time.perf_counter() - start
-    return Contender(step, known or [*losses, step(), step()], seconds)
+    contender = Contender.of(step)
+    contender.losses = known or contender.losses
+    return contender
 
 
 def mean_loss(w: Workload) -> Callable[[Theta, Array], Array]:

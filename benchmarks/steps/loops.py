@@ -5,7 +5,6 @@ A task's loss is written once, from the papers' lines, with the inner gradient l
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -62,10 +61,7 @@ def _contender(parameters: Parameters, gradient: Callable[..., tuple[Tensor, Par
         optimiser.step()
         return value.item()
 
-    start = time.perf_counter()
-    losses = [step()]
-    seconds = time.perf_counter() - start
-    return Contender(step, [*losses, step(), step()], seconds)
+    return Contender.of(step)
 
 
 def problem(w: Workload, gradient: Gradient) -> tuple[Parameters, Loss, Iterator[tuple[Tensor, ...]]]:
@@ -216,7 +212,7 @@ def abml(w: Workload, gradient: Gradient) -> Loss:
         def inner_loss(at: Parameters, noise: Tensor, x: Tensor, y: Tensor) -> Tensor:
             return minus_elbo(loc + scale * at["mu"], scale + scale * at["sigma"], noise, x, y) / len(y)
 
-        at = dict.fromkeys(("mu", "sigma"), loc * 0)  # steps so far, in prior sds
+        at = {"mu": loc * 0, "sigma": loc * 0}  # steps so far, in prior sds
         for k in range(w.steps):
             step = gradient(inner_loss)(at, noise[k], x, y)
             at = {name: v - w.inner_lr * step[name] for name, v in at.items()}

@@ -1,5 +1,6 @@
 """Time and memory of steps."""
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -8,24 +9,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+SLOW = 5.0
+
 
 def interleaved(
     steps: dict[str, Callable[[], float]], repeats: int, *, batch_ms: float = 30.0, most_seconds: float = 60.0
 ) -> dict[str, list[float]]:  # fmt: skip
     """Ms a step: ``repeats`` rounds, in each of which every contender takes about ``batch_ms`` worth of steps, at least one.
 
-    Fewer rounds, but at least 3, where they would take longer than ``most_seconds`` together.
+    Fewer rounds, but at least 3, where they would take longer than ``most_seconds`` together; one where a step takes `SLOW` seconds.
     """
     guess = {name: _timed(step, 1) for name, step in steps.items()}
     number = {name: max(1, round(batch_ms / ms)) for name, ms in guess.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    slow = {name: [ms] for name, ms in guess.items() if ms > 1000 * SLOW}
+    times: dict[str, list[float]] = {name: [] for name in steps if name not in slow}
     end = time.perf_counter() + most_seconds
     for done in range(repeats):
         if done >= 3 and time.perf_counter() > end:
             break
-        for name, step in steps.items():
-            times[name].append(_timed(step, number[name]))
-    return times
+        for name, own in times.items():
+            own.append(_timed(steps[name], number[name]))
+    return times | slow
 
 
 def _timed(step: Callable[[], float], number: int) -> float:
@@ -36,8 +40,16 @@ def _timed(step: Callable[[], float], number: int) -> float:
 
 
 def ratio(times: dict[str, list[float]], of: str, to: str) -> float:
-    """Median over rounds of one contender's time to another's in the same round."""
+    """Median over rounds of one contender's time to another's in the same round; of medians where one took a single round."""
+    if len(times[of]) != len(times[to]):
+        return statistics.median(times[of]) / statistics.median(times[to])
     return statistics.median(a / b for a, b in zip(times[of], times[to], strict=True))
+
+
+def one_arena() -> None:
+    """Makes the C library's allocator keep all threads' memory in one place, the only one from which `working_memory` can give it back."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def working_memory(step: Callable[[], float]) -> float:

@@ -1,7 +1,5 @@
 """The package's own steps, as `bayesmeta.meta_train` takes them: eager, and compiled."""
 
-import time
-
 import torch
 
 import bayesmeta as bm
@@ -60,9 +58,6 @@ def _contender(w: Workload, mode: bool) -> Contender:
         # other data at every step, as in training: what was seen of the last ones does not help
         return run.step(bm.Episode(*(p._replace(y=p.y.clone()) for p in episode)), 1, None, "raise", 1)
 
-    start = time.perf_counter()
-    losses = [step()]
-    seconds = time.perf_counter() - start
-    losses += [step(), step()]
+    contender = Contender.of(step)
     assert not mode or run.compiler.why_eager is None, run.compiler.why_eager
-    return Contender(step, losses, seconds)
+    return contender
