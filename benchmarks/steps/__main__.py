@@ -27,7 +27,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,9 +79,10 @@ def run(w: Workload, chosen: list[str], options: argparse.Namespace) -> list[dic
     times = measure.interleaved(steps, options.repeats, most_seconds=options.seconds)
     rows: list[dict[str, object]] = []
     for name, contender in made.items():
+        typical = measure.medians(times[name])
         rows.append({
-            "workload": w.name, "contender": name, "ms": round(statistics.median(times[name]), 4),
-            "ratio": round(measure.ratio(times, name, next(iter(times))), 3), "rounds": len(times[name]),
+            "workload": w.name, "contender": name, "ms": round(typical.wall, 4), "cpu_ms": round(typical.cpu, 4),
+            "ratio": round(measure.ratio(times[name], times[next(iter(made))]), 3), "rounds": len(times[name]),
             "first_step_s": round(contender.seconds, 2), "step_memory_mib": round(measure.working_memory(contender.step), 1),
             "first_loss": round(contender.losses[0], 6),
         })  # fmt: skip
@@ -95,7 +95,8 @@ def show(rows: list[dict[str, object]], seconds: float) -> None:
         if row["ms"] == NOT_INSTALLED:
             print(f"  {row['contender']:10}{NOT_INSTALLED:>12}")
             continue
-        print(f"  {row['contender']:10}{row['ms']:>12.3f} ms{row['ratio']:>10.2f} ×   first step {row['first_step_s']:>7.1f} s"
+        print(f"  {row['contender']:10}{row['ms']:>12.3f} ms{row['ratio']:>10.2f} ×   cpu {row['cpu_ms']:>10.3f} ms"
+              f"   first step {row['first_step_s']:>7.1f} s"
               f"   memory {row['step_memory_mib']:>8.1f} MiB   loss {row['first_loss']}", flush=True)  # fmt: skip
 
 

@@ -5,45 +5,57 @@ import ctypes
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter, process_time
+from typing import NamedTuple
 
-SLOW = 5.0
+SLOW = 5.0  # seconds
+
+
+class Time(NamedTuple):
+    """Ms a step: by the clock, and of the processor, all threads together, which other processes do not lengthen."""
+
+    wall: float
+    cpu: float
 
 
 def interleaved(
     steps: dict[str, Callable[[], float]], repeats: int, *, batch_ms: float = 30.0, most_seconds: float = 60.0
-) -> dict[str, list[float]]:  # fmt: skip
-    """Ms a step: ``repeats`` rounds, in each of which every contender takes about ``batch_ms`` worth of steps, at least one.
+) -> dict[str, list[Time]]:  # fmt: skip
+    """Each contender's times: ``repeats`` rounds, in each of which every one takes about ``batch_ms`` worth of steps, at least one.
 
     Fewer rounds, but at least 3, where they would take longer than ``most_seconds`` together; one where a step takes `SLOW` seconds.
     """
     guess = {name: _timed(step, 1) for name, step in steps.items()}
-    number = {name: max(1, round(batch_ms / ms)) for name, ms in guess.items()}
-    slow = {name: [ms] for name, ms in guess.items() if ms > 1000 * SLOW}
-    times: dict[str, list[float]] = {name: [] for name in steps if name not in slow}
-    end = time.perf_counter() + most_seconds
+    number = {name: max(1, round(batch_ms / time.wall)) for name, time in guess.items()}
+    slow = {name: [time] for name, time in guess.items() if time.wall > 1000 * SLOW}
+    times: dict[str, list[Time]] = {name: [] for name in steps if name not in slow}
+    end = perf_counter() + most_seconds
     for done in range(repeats):
-        if done >= 3 and time.perf_counter() > end:
+        if done >= 3 and perf_counter() > end:
             break
         for name, own in times.items():
             own.append(_timed(steps[name], number[name]))
     return times | slow
 
 
-def _timed(step: Callable[[], float], number: int) -> float:
-    start = time.perf_counter()
+def _timed(step: Callable[[], float], number: int) -> Time:
+    wall, cpu = perf_counter(), process_time()
     for _ in range(number):
         step()
-    return 1000 * (time.perf_counter() - start) / number
+    return Time(1000 * (perf_counter() - wall) / number, 1000 * (process_time() - cpu) / number)
 
 
-def ratio(times: dict[str, list[float]], of: str, to: str) -> float:
+def medians(times: list[Time]) -> Time:
+    return Time(*(statistics.median(values) for values in zip(*times, strict=True)))
+
+
+def ratio(times: list[Time], to: list[Time]) -> float:
     """Median over rounds of one contender's time to another's in the same round; of medians where one took a single round."""
-    if len(times[of]) != len(times[to]):
-        return statistics.median(times[of]) / statistics.median(times[to])
-    return statistics.median(a / b for a, b in zip(times[of], times[to], strict=True))
+    if len(times) != len(to):
+        return medians(times).wall / medians(to).wall
+    return statistics.median(a.wall / b.wall for a, b in zip(times, to, strict=True))
 
 
 def one_arena() -> None:
