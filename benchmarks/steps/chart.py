@@ -38,7 +38,8 @@ def ratios(rows: Rows, path: Path) -> None:
         ax.barh(at, [float(row["ratio"]) - 1 for row in own], left=1, color=colours, height=0.72)  # faster to the left, slower to the right
         for i, row in enumerate(own):
             ratio, ms = float(row["ratio"]), float(row["ms"])
-            ax.text(max(ratio, 1) * 1.12, i, f"{ratio:.3g}×   {ms:.{0 if ms >= 100 else 2}f} ms", va="center", fontsize=7.5)
+            times, unit = f"{ratio:.{0 if ratio >= 100 else 2}f}×", f"{ms:.{0 if ms >= 100 else 2}f} ms"
+            ax.text(max(ratio, 1) * 1.12, i, f"{times}   {unit}", va="center", fontsize=7.5)
         ax.set_yticks(at, [LABELS[str(row["contender"])] for row in own], fontsize=8)
         ax.invert_yaxis()
         ax.set_xscale("log")
