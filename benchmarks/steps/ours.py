@@ -1,0 +1,63 @@
+"""The package's own steps, as `bayesmeta.meta_train` takes them: eager, and compiled."""
+
+import torch
+
+import bayesmeta as bm
+from bayesmeta.compiling import StepCompiler
+from bayesmeta.networks import NormalPrior, WeightNetwork
+from bayesmeta.recipes import hierarchical_regression
+from bayesmeta.training import _Run
+
+from . import workloads
+from .workloads import Contender, Workload
+
+
+def learner(w: Workload) -> bm.learners.AbstractMetaLearner:
+    """The workload's learner, its parameters made."""
+    torch.manual_seed(0)
+    made = _learner(w)
+    made.materialise(workloads.episode(w))
+    return made
+
+
+def _learner(w: Workload) -> bm.learners.AbstractMetaLearner:
+    if w.kind in ("radon", "elbo"):
+        model = bm.HierarchicalModel(hierarchical_regression(torch.tensor([1.0, -0.5]), torch.ones(2), 1.0))
+        if w.kind == "elbo":
+            return bm.learners.BayesianBlackBox(model, objective="elbo", subsets=False)
+        return bm.learners.MAML(model, inner_steps=w.steps, inner_lr=w.inner_lr)
+    if w.kind == "omniglot":
+        model = bm.HierarchicalModel.from_network(WeightNetwork(workloads.convolutions()), bm.likelihoods.Categorical(5))
+        return bm.learners.MAML(model, inner_steps=w.steps, inner_lr=w.inner_lr)
+    network, likelihood = WeightNetwork(workloads.mlp()), bm.likelihoods.Gaussian(workloads.NOISE, learn=False)
+    if w.kind == "sinusoid":
+        return bm.learners.MAML(bm.HierarchicalModel.from_network(network, likelihood), inner_steps=w.steps, inner_lr=w.inner_lr)
+    model = bm.HierarchicalModel.from_network(network, likelihood, NormalPrior.of(network, workloads.PRIOR_SCALE))
+    if w.kind == "abml":
+        return bm.learners.ABML(model, inner_steps=w.steps, inner_lr=w.inner_lr, num_draws=workloads.DRAWS)
+    return bm.learners.BMAML(
+        model, num_particles=w.particles, inner_steps=w.steps, inner_lr=w.inner_lr, objective="predictive"
+    )
+
+
+def eager(w: Workload) -> Contender:
+    return _contender(w, False)
+
+
+def compiled(w: Workload) -> Contender:
+    return _contender(w, True)
+
+
+def _contender(w: Workload, mode: bool) -> Contender:
+    made, episode, generator = learner(w), workloads.episode(w), torch.Generator().manual_seed(0)
+    parameters = made.trained_parameters()
+    run = _Run(made, parameters, torch.optim.Adam(parameters, workloads.ADAM, fused=True), None, generator)
+    run.compiler = StepCompiler(made, parameters, run.losses, 1, generator, mode=mode)
+
+    def step() -> float:
+        # other data at every step, as in training: what was seen of the last ones does not help
+        return run.step(bm.Episode(*(p._replace(y=p.y.clone()) for p in episode)), 1, None, "raise", 1)
+
+    contender = Contender.of(step)
+    assert not mode or run.compiler.why_eager is None, run.compiler.why_eager
+    return contender
