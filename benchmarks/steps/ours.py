@@ -3,7 +3,8 @@
 import torch
 
 import bayesmeta as bm
-from bayesmeta.compiling import StepCompiler
+from bayesmeta.distributed import Ranks
+from bayesmeta.meta_gradient import MetaGradient
 from bayesmeta.networks import NormalPrior, WeightNetwork
 from bayesmeta.recipes import hierarchical_regression
 from bayesmeta.training import _Run
@@ -51,13 +52,13 @@ def compiled(w: Workload) -> Contender:
 def _contender(w: Workload, mode: bool) -> Contender:
     made, episode, generator = learner(w), workloads.episode(w), torch.Generator().manual_seed(0)
     parameters = made.trained_parameters()
-    run = _Run(made, parameters, torch.optim.Adam(parameters, workloads.ADAM, fused=True), None, generator)
-    run.compiler = StepCompiler(made, parameters, run.losses, 1, generator, mode=mode)
+    gradient = MetaGradient(made, parameters, 1, generator, compile=mode)
+    run = _Run(made, parameters, torch.optim.Adam(parameters, workloads.ADAM, fused=True), None, generator, gradient, Ranks())
 
     def step() -> float:
         # other data at every step, as in training: what was seen of the last ones does not help
-        return run.step(bm.Episode(*(p._replace(y=p.y.clone()) for p in episode)), 1, None, "raise", 1)
+        return run.step(bm.Episode(*(p._replace(y=p.y.clone()) for p in episode)), None, 1)
 
     contender = Contender.of(step)
-    assert not mode or run.compiler.why_eager is None, run.compiler.why_eager
+    assert not mode or gradient.compiler.why_eager is None, gradient.compiler.why_eager
     return contender
