@@ -32,6 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 
+from .adam import AdamStep
 from .episodes import LARGEST_TARGET, Episode, Points
 from .learners.base import AbstractMetaLearner, checked_choice
 from .randomness import rng
@@ -53,12 +54,24 @@ CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" t
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
 
 
+class Update(NamedTuple):
+    """The step that a graph has taken: ``new`` parameters and state of the optimiser. ``trusted``: whether eager steps have agreed."""
+
+    new: list[Tensor]
+    trusted: bool
+    loss: float
+
+
 class Gradients(NamedTuple):
-    """A step's losses ``(T,)``, their mean with θ's share ``()``, and its gradient for each trained parameter (None: not reached)."""
+    """A step's losses ``(T,)``, their mean with θ's share ``()``, and its gradient for each trained parameter (None: not reached).
+
+    ``update``: the optimiser's step along it, where the graph holds that too.
+    """
 
     losses: Tensor
     loss: Tensor
     gradients: list[Tensor | None]
+    update: Update | None = None
 
 
 def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
@@ -83,7 +96,8 @@ class TracedStep:
     """A step as a graph: ``module`` takes the learner's tensors, the episode's, and the noise; ``noise`` draws that.
 
     ``random``: whether it draws at all. ``reached``: which trained parameters have a gradient. ``evaluations``: what a step adds to the
-    model's count of gradients. ``run``: ``module``, or what the compiler made of it. ``seconds``: of the last steps.
+    model's count of gradients. ``updates``: whether it holds the optimiser's step. ``run``: ``module``, or what the compiler made of it.
+    ``seconds``: of the last steps.
     """
 
     module: GraphModule
@@ -91,6 +105,7 @@ class TracedStep:
     random: bool
     reached: list[bool]
     evaluations: float
+    updates: bool
     run: Run
     compiled: bool = False
     lent: bool = False  # traced on another learner
@@ -113,7 +128,8 @@ class StepCompiler:
     ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of
     all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
     where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph. ``lent``: the graphs of a
-    learner that is made alike (another member of an ensemble), held to eager once more.
+    learner that is made alike (another member of an ensemble), held to eager once more. ``adam``: a step of the optimiser that the graph
+    may take on.
 
     Raises ValueError for another ``mode``.
     """
@@ -121,11 +137,12 @@ class StepCompiler:
     def __init__(
         self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], losses: Losses, total: int, generator: torch.Generator,
         *, mode: bool | str = "auto", backend: Backend | None = None, lent: Graphs | None = None,
+        adam: AdamStep | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(mode, bool):
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
-        self.mode, self.backend = mode, backend or inductor
+        self.mode, self.backend, self.adam = mode, backend or inductor, adam
         self.can_compile, self.traced = True, 0
         self.why_eager = "compile=False" if mode is False else learner.why_eager
         self.graphs: Graphs = OrderedDict()
@@ -137,7 +154,6 @@ class StepCompiler:
         self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
-        self._fine: tuple[tuple[Tensor, int], ...] = ()
         elsewhere = {v.device.type for v in self._state} - {"cpu"}
         if self.why_eager is None and elsewhere:
             self.why_eager = f"steps are compiled on the CPU alone so far, and the model is on {', '.join(sorted(elsewhere))}"
@@ -147,14 +163,17 @@ class StepCompiler:
                 self._warn(self.why_eager)
 
     def __call__(self, episode: Episode, remaining: int) -> Gradients | None:
-        """The step's losses and gradients; None where the step is eager's to take. ``remaining``: steps to come, this one included."""
-        if self.why_eager is not None or not self._is_fine(episode):
+        """The step's losses and gradients, all finite; None where the step is eager's to take. ``remaining``: steps to come, with this."""
+        if self.why_eager is not None or not self._has_shape(episode):
             return None
-        key = tuple((v.shape, v.dtype, v.device) for v in _tensors(episode))
+        full = tuple(bool(points.mask.all()) for points in episode)
+        key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam is not None)
+        if key not in self.graphs and not self._is_fine(episode):
+            return None
         self.seen[key] += 1
         before = self.generator.get_state()
         try:
-            step = self._step(key, episode, remaining)
+            step = self._step(key, episode, full, remaining)
             found = None if step is None else self._taken(step, episode, before)
         except Exception as error:  # whatever a program or a tracer may raise; the eager step that follows raises it again where it is real
             self._give_up(f"{type(error).__name__}: {first_lines(error)}")
@@ -167,7 +186,7 @@ class StepCompiler:
         """Says how long loss and gradient of an eager step took; the first ones of a run, which warm up, are not counted."""
         self.eager_seconds.append(seconds)
 
-    def _step(self, key: Any, episode: Episode, remaining: int) -> TracedStep | None:
+    def _step(self, key: Any, episode: Episode, full: tuple[bool, ...], remaining: int) -> TracedStep | None:
         step = self.graphs.get(key)
         to_come = remaining * self.seen[key] / self.seen.total()
         if step is None:
@@ -179,8 +198,8 @@ class StepCompiler:
             if self.traced > MOST_SHAPES:
                 return None
             start = time.perf_counter()
-            step = self.graphs[key] = self._traced(episode)
-            self._check_disturbed(step, disturbed(episode))
+            step = self.graphs[key] = self._traced(episode, full)
+            self._check_disturbed(step, disturbed(episode, full))
             if self.why_eager is not None:
                 return None
             log.info(
@@ -218,12 +237,14 @@ class StepCompiler:
     def _taken(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
         start = time.perf_counter()
         found = self._run(step, episode, before)
+        if found is None:  # eager tells every case apart
+            return None
         if not step.unchecked:
             step.seconds.append(time.perf_counter() - start)
             if self.mode == "auto" and step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
                 log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
                 step.run, step.compiled, self.can_compile = step.module, False, False
-        elif math.isfinite(found.loss.item()):
+        else:
             step.unchecked -= 1
             self._check(step, found, episode, before)
             if step.lent and self.why_eager is not None:  # the learners are not alike after all: this one needs a graph of its own
@@ -232,12 +253,17 @@ class StepCompiler:
         self.learner.model.gradient_evaluations += step.evaluations
         return found if self.why_eager is None else None
 
-    def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients:
+    def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
+        """None where the data are not fine, or what came out is not finite."""
         self.generator.set_state(before)
         with torch.no_grad(), rng(self.generator) if step.random else nullcontext():
-            losses, loss, *gradients = step.run(*self._inputs(step, episode))
-        rest = iter(gradients)
-        return Gradients(losses, loss, [next(rest) if reached else None for reached in step.reached])
+            losses, loss, facts, *tensors = step.run(*self._inputs(step, episode))
+        value, largest, impossible, *sizes = facts.tolist()
+        if not (largest <= LARGEST_TARGET and not impossible and all(math.isfinite(v) for v in (value, *sizes))):
+            return None
+        rest = iter(tensors)
+        gradients = [next(rest) if reached else None for reached in step.reached]
+        return Gradients(losses, loss, gradients, Update(list(rest), not step.unchecked, value) if step.updates else None)
 
     # --- held to eager
 
@@ -260,8 +286,9 @@ class StepCompiler:
             fine = math.isfinite(gradients_of(self.losses, self.parameters, self.total, episode).loss.item())
         except ValueError:  # no data for this learner: a class without a point, say
             fine = False
-        if fine:
-            self._check(step, self._run(step, episode, before), episode, before)
+        found = self._run(step, episode, before) if fine else None
+        if found is not None:
+            self._check(step, found, episode, before)
         self.generator.set_state(before)
         self.learner.model.gradient_evaluations = evaluations
 
@@ -278,9 +305,9 @@ class StepCompiler:
 
     def _inputs(self, step: TracedStep, episode: Episode) -> list[Tensor]:
         noise = () if step.noise is None else step.noise()
-        return [*self._state, *_tensors(episode), *noise]
+        return [*self._state, *_tensors(episode), *(self.adam.inputs() if self.adam else ()), *noise]
 
-    def _traced(self, episode: Episode) -> TracedStep:
+    def _traced(self, episode: Episode, full: tuple[bool, ...]) -> TracedStep:
         """Traces one step on ``episode``. Raises what tracing raises; the generator is then as it was, or further."""
         model = self.learner.model
         reached: list[bool] = []
@@ -290,43 +317,61 @@ class StepCompiler:
                 return self.losses(ready)
 
         def step(*inputs: Tensor) -> list[Tensor]:
-            state, (x, y, mask, qx, qy, qmask) = inputs[: len(self._state)], inputs[len(self._state) :]
+            state, data, extra = inputs[: len(self._state)], inputs[len(self._state) :][:6], inputs[len(self._state) + 6 :]
             values = [v.detach().requires_grad_() if t else v for v, t in zip(state, self._trained, strict=True)]
             named = dict(zip(self._names, values, strict=True))
             by_id = {id(p): named[n] for n, p in self.learner.named_parameters()}
-            with stateless._reparametrize_module(self.learner, named, tie_weights=True):
+            trained = [by_id[id(p)] for p in self.parameters]
+            sets = []
+            for (x, y, mask), whole in zip((data[:3], data[3:]), full, strict=True):
                 # prepared once, in the graph: the program's runs then take the data as they are
-                ready = Episode(model.prepare(Points(x, y, mask)), model.prepare(Points(qx, qy, qmask)))
-                found = gradients_of(losses, [by_id[id(p)] for p in self.parameters], self.total, ready)
+                sets.append(model.prepare(Points(x, y, torch.ones_like(mask) if whole else mask), full=whole))
+            with stateless._reparametrize_module(self.learner, named, tie_weights=True):
+                found = gradients_of(losses, trained, self.total, Episode(*sets))
             reached[:] = [g is not None for g in found.gradients]
-            return [found.losses, found.loss, *(g for g in found.gradients if g is not None)]
+            gradients = [g for g in found.gradients if g is not None]
+            norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+            facts = [found.loss, _largest(sets), self._impossible(sets).to(found.loss), norm]
+            new: list[Tensor] = []
+            if self.adam is not None and all(reached):
+                new = self.adam([p.detach() for p in trained], gradients, norm, extra)
+                facts += [torch.stack([p.abs().amax() for p in new[: len(trained)] if p.numel()]).amax()]
+            return [found.losses, found.loss, torch.stack([fact.to(found.loss) for fact in facts]), *gradients, *new]
 
         before, evaluations = self.generator.get_state(), model.gradient_evaluations
-        module = trace(step, [*self._state, *_tensors(episode)])
+        module = trace(step, [*self._state, *_tensors(episode), *(self.adam.inputs() if self.adam else ())])
         self.generator.set_state(before)
         evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
         random = is_random(module)
         noise = draw_noise_outside(module)
-        return TracedStep(module, noise, random, reached, evaluations, module)
+        return TracedStep(module, noise, random, reached, evaluations, self.adam is not None and all(reached), module)
 
     # --- the data
 
-    def _is_fine(self, episode: Episode) -> bool:
-        """Whether no check of the data can fail, seen without looking at each point; what may not be fine eager looks at, and explains."""
-        if episode.support.y is None or episode.query.y is None or episode.support.num_tasks != episode.query.num_tasks:
+    def _impossible(self, sets: Sequence[Points]) -> Tensor:
+        """How many targets no likelihood gives, ``()``."""
+        bad = [v for points in sets if (v := self.learner.model.impossible_targets(points)) is not None]
+        return torch.stack([v.sum() for v in bad]).sum() if bad else torch.zeros(())
+
+    def _has_shape(self, episode: Episode) -> bool:
+        """Whether a graph could take it at all; of what is wrong eager gives account."""
+        if episode.support.y is None or episode.query.y is None or not episode.support.num_tasks == episode.query.num_tasks > 0:
             return False
-        now = tuple((v, v._version) for v in _tensors(episode))
-        if len(now) == len(self._fine) and all(a is b and m == n for (a, m), (b, n) in zip(now, self._fine, strict=True)):
-            return True
+        try:
+            for points in episode:
+                points.check_shapes()
+        except ValueError:
+            return False
+        return True
+
+    def _is_fine(self, episode: Episode) -> bool:
+        """Whether no check of the data can fail."""
         try:
             for points, role in zip(episode, ("support", "query"), strict=True):
-                points.check_shapes()
-                if not points.num_tasks or not all(_is_small(v) for v in (points.x, points.y)):
-                    return False
+                points.check(role)
                 self.learner.model.check_targets(points, role)
         except ValueError:
             return False
-        self._fine = now
         return True
 
 
@@ -340,16 +385,16 @@ def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Gr
     return module
 
 
-def disturbed(episode: Episode) -> Episode:
-    """The same tasks and points in another order, and of every second task one point fewer, where it has several."""
+def disturbed(episode: Episode, full: tuple[bool, ...] = (False, False)) -> Episode:
+    """The same tasks and points in another order, and of every second task one point fewer, where it has several and is not ``full``."""
 
-    def other(points: Points) -> Points:
+    def other(points: Points, full: bool) -> Points:
         x, y, mask = (None if v is None else v.roll(1, 0).flip(1) for v in points)
         assert x is not None and mask is not None
-        several = (mask.sum(1) > 1) & (torch.arange(len(mask), device=mask.device) % 2 == 0)
+        several = (mask.sum(1) > (points.num_points if full else 1)) & (torch.arange(len(mask), device=mask.device) % 2 == 0)
         return Points(x, y, mask & ~(several[:, None] & (mask.cumsum(1) == 1)))
 
-    return Episode(other(episode.support), other(episode.query))
+    return Episode(*(other(points, whole) for points, whole in zip(episode, full, strict=True)))
 
 
 def difference(found: Gradients, wanted: Gradients) -> float:
@@ -436,11 +481,10 @@ def _tensors(episode: Episode) -> list[Tensor]:
     return [v for points in episode for v in points if v is not None]
 
 
-def _is_small(value: Tensor | None) -> bool:
-    if value is None or not value.is_floating_point() or not value.numel():
-        return True
-    low, high = torch.aminmax(value)  # both NaN where one is
-    return low.item() >= -LARGEST_TARGET and high.item() <= LARGEST_TARGET
+def _largest(sets: Sequence[Points]) -> Tensor:
+    """The largest real number among the inputs and targets, by size; NaN where one is, ``()``."""
+    values = [v for points in sets for v in (points.x, points.y) if v is not None and v.is_floating_point() and v.numel()]
+    return torch.stack([v.abs().amax().float() for v in values]).amax() if values else torch.zeros(())
 
 
 def gap(found: Tensor, wanted: Tensor, floor: float = 0.0) -> float:

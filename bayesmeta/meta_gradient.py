@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .adam import AdamStep
 from .compiling import Gradients, Graphs, StepCompiler
 from .distributed import Ranks
 from .episodes import Episode
@@ -25,35 +26,33 @@ class MetaGradient:
     """Gradient of the mean over an episode's tasks of ``meta_loss`` + ``global_loss()`` / ``total`` in ``parameters``.
 
     All randomness comes from ``generator``. ``compile``, ``lent``: as for `StepCompiler`. ``task_chunk``: how many tasks are held in
-    memory at once; None takes all. ``bad_tasks``: "raise" or "skip", where a task's loss or gradient is not finite; ``skipped`` counts
+    memory at once; None takes all. ``adam``: an optimiser's step for the graph to take, where all tasks are taken at once by one process.
+    ``bad_tasks``: "raise" or "skip", where a task's loss or gradient is not finite; ``skipped`` counts
     them. ``ranks``: among which processes tasks are shared out; each draws noise of its own, seeded by ``noise_seed``, the step and its
-    number. ``compiled``: whether a graph had part in the last step.
+    number.
     """
 
     def __init__(
         self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], total: int, generator: torch.Generator, *,
         compile: bool | str = "auto", lent: Graphs | None = None, task_chunk: int | None = None, bad_tasks: str = "raise",
-        ranks: Ranks = Ranks(), noise_seed: int = 0,  # noqa: B008 - a tuple
+        ranks: Ranks = Ranks(), noise_seed: int = 0, adam: AdamStep | None = None,  # noqa: B008 - a tuple
     ) -> None:  # fmt: skip
         self.learner, self.parameters, self.total, self.generator = learner, list(parameters), total, generator
         self.task_chunk, self.bad_tasks, self.ranks, self.noise_seed = task_chunk, bad_tasks, ranks, noise_seed
-        self.compiler = StepCompiler(learner, parameters, self.losses, total, generator, mode=compile, lent=lent)
-        self.compiled, self.skipped = False, 0
-        self._before = generator.get_state()
+        adam = None if task_chunk or ranks.size > 1 else adam
+        self.compiler = StepCompiler(learner, parameters, self.losses, total, generator, mode=compile, lent=lent, adam=adam)
+        self.skipped = 0
 
-    def __call__(self, episode: Episode, step: int, remaining: int | None = None) -> Gradients:
-        """The gradient of step number ``step``. ``remaining``: steps to come, this one included; None repeats the last one eagerly.
+    def __call__(self, episode: Episode, step: int, remaining: int) -> Gradients:
+        """The gradient of step number ``step``. ``remaining``: steps to come, this one included.
 
         Raises TrainingError, in every process, where a loss is not finite or no task is left; a gradient may be anything.
         """
-        if remaining is None:
-            self.generator.set_state(self._before)
-        elif self.ranks.size > 1:
+        if self.ranks.size > 1:
             self.generator.manual_seed((self.noise_seed + LARGE * step + self.ranks.rank) % 2**63)
-        self._before = self.generator.get_state()
         share, skipped = self.ranks.share(episode.num_tasks), self.skipped
         mine = episode if self.ranks.size == 1 else episode.select(share)
-        self.compiled, error = False, None
+        error: TrainingError | None = None
         try:
             found, count = self._of(mine, f"step {step}", share.start, remaining)
         except TrainingError as here:
@@ -74,14 +73,13 @@ class MetaGradient:
         with model.theta_at(model.draw_theta(self.generator)):
             return self.learner.meta_loss(episode, generator=self.generator), self.learner.global_loss()
 
-    def _of(self, episode: Episode, where: str, number: int, remaining: int | None) -> tuple[Gradients, int]:
+    def _of(self, episode: Episode, where: str, number: int, remaining: int) -> tuple[Gradients, int]:
         """The mean over the tasks of ``episode``, whose first is task ``number``, and how many tasks are in it; chunk after chunk."""
         size, step = self.task_chunk or max(episode.num_tasks, 1), self._nothing()
         chunks = math.ceil(episode.num_tasks / size)
         for first in range(0, episode.num_tasks, size):
             part = episode if chunks == 1 else episode.select(slice(first, first + size))
-            found = None if remaining is None else self.compiler(part, remaining * chunks)
-            self.compiled = self.compiled or found is not None
+            found = self.compiler(part, remaining * chunks)
             found = self._eager(part, where, number + first) if found is None else found
             step = found if chunks == 1 else merged(step, found)
         return step, len(step.losses)
@@ -139,14 +137,14 @@ class MetaGradient:
     def _together(self, mine: Gradients, count: int, skipped: int, error: TrainingError | None) -> tuple[Gradients, int]:
         """The mean over the tasks of all processes, and their number; in every process the error of any."""
         reached = [g is not None for g in mine.gradients]
-        facts = [count, self.skipped - skipped, error is not None, self.compiled, *reached]
+        facts = [count, self.skipped - skipped, error is not None, *reached]
         weighted = [p.new_zeros(p.shape) if g is None else count * g for p, g in zip(self.parameters, mine.gradients, strict=True)]
         numbers = mine.loss.new_tensor([float(fact) for fact in facts])
         numbers, loss, *sums = self.ranks.total([numbers, count * mine.loss, *weighted])
-        total, lost, failed, graphs, *anywhere = (round(value) for value in numbers.tolist())
+        total, lost, failed, *anywhere = (round(value) for value in numbers.tolist())
         if failed:
             raise error or TrainingError("another process found a loss that is not finite; parameters are at their last finite value")
-        self.skipped, self.compiled = skipped + lost, graphs > 0
+        self.skipped = skipped + lost
         gradients = [g / max(total, 1) if there else None for g, there in zip(sums, anywhere, strict=True)]
         return Gradients(mine.losses, loss / max(total, 1), gradients), total
 

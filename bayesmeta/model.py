@@ -104,16 +104,17 @@ class HierarchicalModel(nn.Module):
                     announce(name, parameter)
             return self.program(points)
 
-    def prepare(self, data: Points | Episode) -> Points:
+    def prepare(self, data: Points | Episode, *, full: bool = False) -> Points:
         """Points with the model's dtype and device and only real values in them; reads the program if need be.
 
-        ``data``: Points, or an Episode taken as S ∪ Q. Floating-point tensors take the model's dtype.
+        ``data``: Points, or an Episode taken as S ∪ Q. Floating-point tensors take the model's dtype. ``full``: there is no padding.
         """
         points = data.union() if isinstance(data, Episode) else data
         if self._data_ready:
             return points
         self.materialise(points)
-        return points.to(device=self._anchor.device, dtype=self._anchor.dtype).filled()
+        points = points.to(device=self._anchor.device, dtype=self._anchor.dtype)
+        return points if full else points.filled()
 
     @contextmanager
     def data_ready(self) -> Iterator[None]:
@@ -135,16 +136,21 @@ class HierarchicalModel(nn.Module):
 
         Bounds that differ from point to point (a binomial's trials) are left to the likelihood itself.
         """
+        bad = None if self._data_ready else self.impossible_targets(points)
+        if bad is not None and bad.any():
+            assert points.y is not None
+            task, point = (int(i) for i in bad.nonzero()[0])
+            wanted, got = self._target_support, points.y[task, point].squeeze().tolist()
+            raise ValueError(f"{role}.y: task {task}, point {point}: the likelihood expects a value in {wanted}, got {got}")
+
+    def impossible_targets(self, points: Points) -> Tensor | None:
+        """Which real y are no possible values of the likelihood, ``(T, N)``; None where that is not known beforehand."""
         self.sites  # noqa: B018 - raises before the program is read
-        if points.y is None or self._target_support is None or self._data_ready:
-            return
+        if points.y is None or self._target_support is None:
+            return None
         y = points.y[..., 0] if points.y.dim() == 3 and points.y.shape[-1] == 1 else points.y
         bad = ~self._target_support.check(y)
-        bad = (bad.flatten(2).any(-1) if bad.dim() > 2 else bad) & points.mask
-        if bad.any():
-            task, point = (int(i) for i in bad.nonzero()[0])
-            wanted, got = self._target_support, y[task, point].tolist()
-            raise ValueError(f"{role}.y: task {task}, point {point}: the likelihood expects a value in {wanted}, got {got}")
+        return (bad.flatten(2).any(-1) if bad.dim() > 2 else bad) & points.mask
 
     def materialise(self, data: Points | Episode) -> None:
         """Reads the program on made-up copies of the first real point of ``data``, and makes θ's parameters. Once.

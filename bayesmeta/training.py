@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
+from .adam import AdamStep
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .compiling import Gradients, Graphs
 from .distributed import Ranks, ranks
@@ -175,11 +175,12 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     total = _number_of_tasks(learner, total, o.num_tasks)
     optimiser = _stepping("optimizer", (o.optimizer or _adam)(parameters), "torch.optim.Adam or SGD")
     scheduler = _stepping("schedule", o.schedule(optimiser), "one of the step's number, as CosineAnnealingLR") if o.schedule else None
+    adam = AdamStep.of(optimiser, parameters, o.clip)
     gradient = MetaGradient(
         learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=shared,
-        task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator),
+        task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator), adam=adam,
     )  # fmt: skip
-    run = _Run(learner, parameters, optimiser, scheduler, o.generator, gradient, group)
+    run = _Run(learner, parameters, optimiser, scheduler, o.generator, gradient, group, adam)
     if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):
         run.load(o.checkpoint)
     run.begin_together()
@@ -242,6 +243,7 @@ class _Run:
     generator: torch.Generator
     gradient: MetaGradient
     ranks: Ranks
+    adam: Any = None
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     since_best: int = 0
@@ -251,11 +253,20 @@ class _Run:
         """One step of θ; returns its loss. Raises TrainingError where it is not finite."""
         number = self.history.steps + 1
         found = self.gradient(episode, number, remaining)
-        norm = self.put(found, clip)
-        if self.gradient.compiled and not (math.isfinite(found.loss.item()) and math.isfinite(norm.item())):
-            found = self.gradient(episode, number)  # eagerly once more: there every case is told apart
-            norm = self.put(found, clip)
         self.history.skipped = self.gradient.skipped
+        if found.update is not None and found.update.trusted:
+            self.adam.take(found.update.new)
+            loss = found.update.loss
+        else:
+            loss = self.move(found, clip, number)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.history.loss.append(loss)
+        return loss
+
+    def move(self, found: Gradients, clip: float | None, number: int) -> float:
+        """The optimiser's own step along a gradient; returns the loss."""
+        norm = self.put(found, clip)
         if not (bool(found.loss.isfinite()) and bool(norm.isfinite())):
             raise TrainingError(
                 f"step {number}: the loss is {found.loss.item()}, the gradient's norm {norm.item()}; "
@@ -271,10 +282,9 @@ class _Run:
             raise TrainingError(
                 f"step {number}: the step is not finite; parameters are at their last finite value. Lower the learning rate"
             )
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.history.loss.append(found.loss.item())
-        return self.history.loss[-1]
+        if found.update is not None and not self.adam.agrees(found.update.new):
+            self.gradient.compiler.adam = None  # the graph's gradients are fine, its steps are not
+        return found.loss.item()
 
     def put(self, found: Gradients, clip: float | None) -> Tensor:
         """Puts a step's gradient into the parameters, clipped; returns its norm before."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bayesmeta import Episode, HierarchicalModel, Points, TrainingError, compiling, meta_train
+from bayesmeta.adam import AdamStep
 from bayesmeta.compiling import StepCompiler, difference, disturbed, gradients_of
 from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, CompletePooling, Ensemble, NoPooling, Reptile
 from bayesmeta.likelihoods import Gaussian
@@ -133,6 +134,48 @@ def test_five_compiled_steps_are_the_eager_ones(make, model, dtype):
     torch.set_default_dtype(dtype)
     tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
     assert_same_training(trained(lambda: make(model()), True), trained(lambda: make(model()), False), **tolerance)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_adams_steps_in_the_graph_are_the_optimisers(clip, float64, monkeypatch):
+    """Its own state too, so that an eager step, a checkpoint or a schedule goes on from it."""
+    as_traced(monkeypatch)
+    taken, runs = [], []
+    take = AdamStep.take
+    monkeypatch.setattr(AdamStep, "take", lambda self, new: (taken.append(1), take(self, new))[1])
+    for mode in (True, False):
+        made = []
+        options = {
+            "optimizer": lambda p, made=made: made.append(torch.optim.Adam(p, 0.01)) or made[0], "clip": clip, "steps": 9,
+            "schedule": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        }  # fmt: skip
+        parameters, history, _ = trained(lambda: MAML(radon(), inner_steps=2, inner_lr=0.02), mode, **options)
+        runs.append((parameters, history.loss, made[0].state_dict()["state"], made[0].param_groups[0]["lr"]))
+    assert len(taken) == 7  # the first two are held to the optimiser's own
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-12)
+
+
+def test_an_optimiser_that_is_not_plain_adam_takes_its_own_steps():
+    p = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))]
+    assert AdamStep.of(torch.optim.Adam(p, 0.1), p, None) is not None
+    for other in (
+        torch.optim.SGD(p, 0.1), torch.optim.AdamW(p, 0.1), torch.optim.Adam(p, 0.1, amsgrad=True), torch.optim.Adam(p[:1], 0.1),
+        torch.optim.Adam(p, 0.1, weight_decay=0.1), torch.optim.Adam([{"params": p[:1]}, {"params": p[1:]}], 0.1),
+        torch.optim.Adam(p, torch.tensor(0.1)), torch.optim.Adam(p, 0.1, maximize=True),
+    ):  # fmt: skip
+        assert AdamStep.of(other, p, None) is None
+    hooked = torch.optim.Adam(p, 0.1)
+    hooked.register_step_post_hook(lambda *_: None)
+    assert AdamStep.of(hooked, p, None) is None
+
+
+def test_a_graph_whose_steps_are_not_the_optimisers_gives_its_gradients_alone(float64, monkeypatch):
+    as_traced(monkeypatch)
+    step = AdamStep.__call__
+    monkeypatch.setattr(AdamStep, "__call__", lambda self, *args: [1.1 * v for v in step(self, *args)])
+    options = {"optimizer": lambda p: torch.optim.Adam(p, 0.01), "steps": 6}
+    make = lambda: MAML(radon(), inner_steps=2, inner_lr=0.02)  # noqa: E731
+    assert_same_training(trained(make, True, **options), trained(make, False, **options))
 
 
 def test_the_gradient_is_the_one_of_the_loss(float64, monkeypatch):

@@ -3,6 +3,7 @@
 import torch
 
 import bayesmeta as bm
+from bayesmeta.adam import AdamStep
 from bayesmeta.distributed import Ranks
 from bayesmeta.meta_gradient import MetaGradient
 from bayesmeta.networks import NormalPrior, WeightNetwork
@@ -52,8 +53,10 @@ def compiled(w: Workload) -> Contender:
 def _contender(w: Workload, mode: bool) -> Contender:
     made, episode, generator = learner(w), workloads.episode(w), torch.Generator().manual_seed(0)
     parameters = made.trained_parameters()
-    gradient = MetaGradient(made, parameters, 1, generator, compile=mode)
-    run = _Run(made, parameters, torch.optim.Adam(parameters, workloads.ADAM, fused=True), None, generator, gradient, Ranks())
+    optimiser = torch.optim.Adam(parameters, workloads.ADAM, fused=True)
+    adam = AdamStep.of(optimiser, parameters, None)
+    gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam)
+    run = _Run(made, parameters, optimiser, None, generator, gradient, Ranks(), adam)
 
     def step() -> float:
         # other data at every step, as in training: what was seen of the last ones does not help

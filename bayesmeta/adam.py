@@ -1,0 +1,69 @@
+"""The step of `torch.optim.Adam` as operations on tensors, so that a compiled training step can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdamStep:
+    """Kingma & Ba (2015), algorithm 1, on the state of ``optimiser``, after clipping the gradient's norm to ``clip``.
+
+        m ← β₁ m + (1 − β₁) g      v ← β₂ v + (1 − β₂) g²      θ ← θ − lr m / (1 − β₁ᵗ) / ( √(v / (1 − β₂ᵗ)) + ε )
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> None:
+        self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
+        self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
+
+    @classmethod
+    def of(cls, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> AdamStep | None:
+        """None where ``optimiser`` is anything but a plain Adam over ``parameters`` and nothing else."""
+        group = optimiser.param_groups[0]
+        plain = type(optimiser) is torch.optim.Adam and len(optimiser.param_groups) == 1
+        plain = plain and all(a is b for a, b in zip(group["params"], parameters, strict=False)) and len(group["params"]) == len(parameters)
+        odd = ("amsgrad", "maximize", "weight_decay", "differentiable", "capturable", "decoupled_weight_decay")
+        hooks: list[Any] = [getattr(optimiser, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+        if not plain or any(group.get(name) for name in odd) or any(hooks) or isinstance(group["lr"], Tensor):
+            return None
+        same = all(isinstance(beta, float) for beta in group["betas"]) and group["betas"] == optimiser.defaults["betas"]
+        return cls(optimiser, parameters, clip) if same and group["eps"] == optimiser.defaults["eps"] else None
+
+    def inputs(self) -> list[Tensor]:
+        """The number of this step, the learning rate, and m and v of each parameter, as they stand."""
+        state = [self.optimiser.state.get(p) for p in self.parameters]
+        like = self.parameters[0]
+        taken = float(state[0]["step"]) if state[0] else 0.0
+        facts = [like.new_tensor(taken + 1.0), like.new_tensor(self.optimiser.param_groups[0]["lr"])]
+        pairs = list(zip(state, self.parameters, strict=True))
+        return facts + [s[name] if s else torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq") for s, p in pairs]
+
+    def __call__(self, values: Sequence[Tensor], gradients: Sequence[Tensor], norm: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """θ, m and v after the step, each for all parameters, from θ, its gradient, the gradient's norm and `inputs`."""
+        number, rate, *moments = inputs
+        (one, two), count = self.betas, len(values)
+        if self.clip is not None:  # as torch.nn.utils.clip_grad_norm_ does
+            gradients = [g * (self.clip / (norm + 1e-6)).clamp(max=1.0) for g in gradients]
+        means = [m + (1 - one) * (g - m) for m, g in zip(moments[:count], gradients, strict=True)]
+        squares = [two * v + (1 - two) * g * g for v, g in zip(moments[count:], gradients, strict=True)]
+        size, root = rate / (1 - one**number), (1 - two**number).sqrt()
+        moved = [p - size * m / (v.sqrt() / root + self.eps) for p, m, v in zip(values, means, squares, strict=True)]
+        return [*moved, *means, *squares]
+
+    def take(self, new: Sequence[Tensor]) -> None:
+        """Puts what a step gave into the parameters and the optimiser's state, which exists by then."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._targets(), list(new))
+            torch._foreach_add_([self.optimiser.state[p]["step"] for p in self.parameters], 1)
+
+    def agrees(self, new: Sequence[Tensor]) -> bool:
+        """Whether ``new`` is what the optimiser's own step has just made, to half of the digits."""
+        pairs = [(found, wanted) for found, wanted in zip(new, self._targets(), strict=True) if wanted.numel()]
+        return all(bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()) for a, b in pairs)
+
+    def _targets(self) -> list[Tensor]:
+        state = [self.optimiser.state[p] for p in self.parameters]
+        return [p.detach() for p in self.parameters] + [s[name] for name in ("exp_avg", "exp_avg_sq") for s in state]
