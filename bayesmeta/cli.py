@@ -21,7 +21,7 @@ families:
   radon                              homes in Minnesota counties (the default; six learners, about a minute)
   linear-gaussian                    regression with the exact answer at hand
   sinusoid                           MAML's sine curves, with a neural network (minutes)
-  sine-or-line, circles              ambiguous on purpose: who sees both explanations? (eleven learners, ten minutes or more)
+  sine-or-line, circles              ambiguous on purpose: who sees both explanations? (ten learners, about half an hour)
   gp-rbf, gp-matern, gp-periodic     draws of Gaussian processes, scored by their distance to the exact predictive
   FILE.csv                           your own table: --group --features --target
 

@@ -46,6 +46,7 @@ class MatchingNet(AbstractMetaLearner):
         self, model: HierarchicalModel, *, attention: str = "cosine", temperature: float = 1.0, learn_temperature: bool = False
     ) -> None:
         super().__init__(model)
+        self.why_eager = "it looks for classes without a support point"
         network, likelihood = model.network, getattr(model.program, "likelihood", None)
         if not (isinstance(network, HeadNetwork | PrototypeNetwork) and isinstance(likelihood, Categorical)):
             got = "a user's program" if network is None else f"a {type(network).__name__} and {type(likelihood).__name__}"

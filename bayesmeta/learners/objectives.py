@@ -24,16 +24,16 @@ def value_of(loss: Tensor, surrogate: Tensor) -> Tensor:
     return loss.detach() + surrogate - surrogate.detach()
 
 
-def class_members(support: Points, num_classes: int, learner: str) -> Tensor:
+def class_members(support: Points, num_classes: int, learner: str, *, check: bool = True) -> Tensor:
     """Which real point is of which class, ``(T, N, C)`` bool.
 
-    Raises ValueError naming task and class where a class has no point: it then has no place in the embedding.
+    ``check``: raises ValueError naming task and class where a class has no point: it then has no place in the embedding.
     """
     assert support.y is not None
     y = support.y[..., 0] if support.y.dim() == 3 else support.y
     members = (y[..., None] == torch.arange(num_classes, device=y.device)) & support.mask[..., None]
     empty = ~members.any(1)
-    if bool(empty.any()):
+    if check and bool(empty.any()):
         task, label = (int(i) for i in empty.nonzero()[0])
         raise ValueError(
             f"{learner}: support: task {task} has no point of class {label}: expected one or more of each of the {num_classes} classes"

@@ -54,7 +54,7 @@ class ProtoNet(AbstractMetaLearner):
         """``(T, C · F)``."""
         network = self.model.network
         assert isinstance(network, PrototypeNetwork)
-        members = class_members(support, network.num_classes, "ProtoNet")
+        members = class_members(support, network.num_classes, "ProtoNet", check=not self.model.takes_data_as_ready)
         embedded = network.embed(support.x)
         share = members.to(embedded) / members.sum(1, keepdim=True)
         return (share.mT @ embedded).flatten(1)
