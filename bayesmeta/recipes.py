@@ -202,7 +202,7 @@ def _network_recipe(
         "NoPooling": lambda model: NoPooling(model, inner_steps=20, inner_lr=0.02),
         "CompletePooling": lambda model: CompletePooling(model),
         "MAML": lambda model: MAML(model, inner_steps=5, inner_lr=0.01),
-        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.01),
+        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.001),
         "BlackBox": lambda model: BlackBox(copy.deepcopy(decoder)),
         "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=5, inner_lr=0.01), size=5),
         "LLAMA": lambda model: LLAMA(model, inner_steps=5, inner_lr=0.01, curvature="last_layer", hessian="gauss_newton"),
