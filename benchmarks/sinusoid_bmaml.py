@@ -105,7 +105,8 @@ def main() -> None:
                 (line,) = ax.plot(spent, [v.estimate for v in values], marker="o", label=name)
                 ax.fill_between(spent, [v.lower for v in values], [v.upper for v in values], alpha=0.15, color=line.get_color())
                 ax.set_ylabel({"mse": "mean squared error", "nll": "NLL, nats a point"}[score])
-            axes[0, column].set(title=f"{tasks} training tasks, {shots} shots", yscale="log")
+            axes[0, column].set(title=f"{tasks} training tasks, {shots} shots", yscale="log", ylim=(0.3, 6))
+            axes[1, column].set_ylim(1, 4)  # means over tasks, of which a single one that diverges leaves the picture
             axes[1, column].set_xlabel("gradient evaluations a task in training")
             rows += [(tasks, shots, name, n, k, v.estimate, v.lower, v.upper) for n, s in found for k, v in s.items()]
             mse, nll = found[-1][1]["mse"], found[-1][1]["nll"]
