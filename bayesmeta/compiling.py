@@ -168,8 +168,6 @@ class StepCompiler:
             return None
         full = tuple(bool(points.mask.all()) for points in episode)
         key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam is not None)
-        if key not in self.graphs and not self._is_fine(episode):
-            return None
         self.seen[key] += 1
         before = self.generator.get_state()
         try:
@@ -191,6 +189,8 @@ class StepCompiler:
         to_come = remaining * self.seen[key] / self.seen.total()
         if step is None:
             if self.mode == "auto" and not self._pays(self.eager_seconds, to_come, TRACE_SECONDS):
+                return None
+            if not self._is_fine(episode):  # eager says what is wrong with it
                 return None
             if self.traced == MOST_SHAPES:
                 self._warn(f"steps had {MOST_SHAPES} different shapes: further ones are not traced; pad all tasks to one number of points")
