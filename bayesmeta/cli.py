@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
@@ -110,9 +109,6 @@ def _compare(options: argparse.Namespace) -> int:
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
-    idle = 0 if isinstance(family, str) else family.num_tasks - sum(family.split(part).num_tasks for part in ("train", "test"))
-    if idle:
-        report = replace(report, notes=(*report.notes, f"{idle} groups, a validation split, are neither trained on nor held out."))
     report.save(out)
     print(report.table())
     say(f"\n{time.monotonic() - start:.0f} s. Report: {out / 'report.html'}")

@@ -95,6 +95,8 @@ def panel_recipe(panel: Panel, title: str | None = None) -> Recipe:
     mean[0] = y.mean()
     model = HierarchicalModel(hierarchical_regression(mean, sd, float(y.std())), example=everything)
     notes = [f"{train.num_tasks} groups to train on, {test.num_tasks} held out, of {panel.num_tasks}."]
+    if idle := panel.num_tasks - train.num_tasks - test.num_tasks:
+        notes.append(f"{idle} groups, a validation split, are neither trained on nor held out.")
     if test.num_short:
         notes.append(f"{test.num_short} held-out groups are too short for the full support set and get a smaller one; none is left out.")
     return Recipe(
