@@ -174,7 +174,9 @@ def _circles(seed: int = 0) -> Recipe:
 
 def _gaussian_process(kernel: str) -> Callable[[int], Recipe]:
     def recipe(seed: int = 0) -> Recipe:
-        return _network_recipe(f"Gaussian process, {kernel} kernel", GaussianProcess(kernel=kernel), steps=10_000)
+        # noise of 0.02: a step may be far shorter than elsewhere, since it grows by 1 / noise²
+        title = f"Gaussian process, {kernel} kernel"
+        return _network_recipe(title, GaussianProcess(kernel=kernel), steps=10_000, inner_lr=0.003, stein_lr=0.001)
 
     return recipe
 
@@ -189,7 +191,7 @@ def multilayer(*sizes: int) -> nn.Sequential:
 
 def _network_recipe(
     title: str, family: TaskFamily, *, inputs: int = 1, likelihood: type[nn.Module] = Gaussian, steps: int,
-    default: tuple[str, ...] | None = None, amortised: str = "elbo",
+    default: tuple[str, ...] | None = None, amortised: str = "elbo", inner_lr: float = 0.01, stein_lr: float = 0.01,
 ) -> Recipe:  # fmt: skip
     """All weights of a network of two layers of 40 as φ; a latent code in a decoder of that size for what amortises."""
     network, code = WeightNetwork(multilayer(inputs, 40, 40, 1)), 16
@@ -203,14 +205,14 @@ def _network_recipe(
     learners: dict[str, Make] = {
         "NoPooling": lambda model: NoPooling(model, inner_steps=20, inner_lr=0.02),
         "CompletePooling": lambda model: CompletePooling(model),
-        "MAML": lambda model: MAML(model, inner_steps=5, inner_lr=0.01),
-        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.001),
+        "MAML": lambda model: MAML(model, inner_steps=5, inner_lr=inner_lr),
+        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=inner_lr / 10),
         "BlackBox": lambda model: BlackBox(copy.deepcopy(decoder)),
-        "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=5, inner_lr=0.01), size=5),
-        "LLAMA": lambda model: LLAMA(model, inner_steps=5, inner_lr=0.01, curvature="last_layer", hessian="gauss_newton"),
+        "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=5, inner_lr=inner_lr), size=5),
+        "LLAMA": lambda model: LLAMA(model, inner_steps=5, inner_lr=inner_lr, curvature="last_layer", hessian="gauss_newton"),
         "ABML": lambda model: ABML(model, inner_steps=5, inner_lr=0.1, num_draws=2, step_units="prior"),
-        "BMAML": lambda model: BMAML(wide(), num_particles=5, inner_steps=5, inner_lr=0.01, objective="predictive", start_scale=0.5),
-        "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.01),
+        "BMAML": lambda model: BMAML(wide(), num_particles=5, inner_steps=5, inner_lr=stein_lr, objective="predictive", start_scale=0.5),
+        "PLATIPUS": lambda model: PLATIPUS(model, inner_steps=5, inner_lr=inner_lr),
         "BayesianBlackBox": lambda model: BayesianBlackBox(copy.deepcopy(decoder), objective=amortised),
         "NUTS": lambda model: NUTS(model, num_draws=50, warmup=50, chains=1),
     }
