@@ -7,7 +7,9 @@ Under ``torchrun`` nothing in a script changes: `meta_train` and `evaluate` see 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Value = TypeVar("Value")
+GONE, PATIENCE = "bayesmeta/gone", 5.0  # how many have left, and for how many seconds the first process waits for them
 
 
 class Ranks(NamedTuple):
@@ -76,5 +79,18 @@ def ranks(device: str | torch.device | None = None) -> Ranks:
 
 
 def _close() -> None:
+    """Leaves the group, the first process last: the others would abort where it closes its connections while they close theirs."""
+    if not dist.is_initialized():
+        return
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    with contextlib.suppress(Exception):  # of what is lost by now
+        if rank:
+            dist.destroy_process_group()
+            store.add(GONE, 1)
+            return
+        deadline = time.monotonic() + PATIENCE
+        while store.add(GONE, 0) < size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
     if dist.is_initialized():
         dist.destroy_process_group()
