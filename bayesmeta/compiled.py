@@ -51,7 +51,8 @@ class Compiled(AbstractAdapter):
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
         """As the adapter's own."""
         points = self.prepared(support)
-        data = [v for v in points if v is not None]
+        given = self.model.theta_given  # a draw of θ that a posterior over θ stands at
+        data = [v for v in (*points, given) if v is not None]
         key = tuple((v.shape, v.dtype, v.device) for v in data)
         if self.why_eager is None and key not in self._graphs:
             state = torch.empty(0) if generator is None else generator.get_state()
@@ -87,10 +88,12 @@ class Compiled(AbstractAdapter):
         made: list[TaskPosterior] = []
 
         def function(*inputs: Tensor) -> list[Tensor]:
-            state, data = dict(zip(names, inputs, strict=False)), Points(*inputs[len(names) :])
-            unlooked = adapter.model.data_ready(), pyro.validation_enabled(False)  # values are not looked at
-            with stateless._reparametrize_module(adapter, state, tie_weights=True), unlooked[0], unlooked[1]:
-                posterior = adapter.adapt(data)
+            state, (x, y, mask, *theta) = dict(zip(names, inputs, strict=False)), inputs[len(names) :]
+            with (
+                stateless._reparametrize_module(adapter, state, tie_weights=True), adapter.model.theta_at(theta[0] if theta else None),
+                adapter.model.data_ready(), pyro.validation_enabled(False),  # values are not looked at
+            ):  # fmt: skip
+                posterior = adapter.adapt(Points(x, y, mask))
             if not isinstance(posterior, TaskPosterior):
                 raise TypeError(f"its posterior is a {type(posterior).__name__}, with no distribution over φ")
             made[:] = [posterior]

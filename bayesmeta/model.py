@@ -379,6 +379,11 @@ class HierarchicalModel(nn.Module):
         finally:
             self._theta_now = before
 
+    @property
+    def theta_given(self) -> Tensor | None:
+        """What `theta_at` has set, ``(G,)``; None outside of it."""
+        return self._theta_now
+
     def draw_theta(self, generator: torch.Generator | None = None) -> Tensor | None:
         """A draw ``(G,)`` of θ's posterior, packed: variational (differentiable) or NUTS; None where θ is a point."""
         if not self.theta_sites or self.theta_kind == "map":

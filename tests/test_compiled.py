@@ -9,7 +9,7 @@ from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlack
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import NormalPrior, WeightNetwork
 
-from .conftest import episode, radon_program
+from .conftest import episode, hyper_program, radon_program
 
 LEARNERS = {
     "MAML": lambda m: MAML(m, inner_steps=2, inner_lr=0.02),
@@ -70,6 +70,19 @@ def test_it_stands_beside_other_learners():
     learner = MAML(HierarchicalModel(radon_program), inner_lr=0.05)
     report = evaluate({"eager": learner, "compiled": Compiled(learner, backend=as_traced)}, episode())
     assert report.results["compiled"].metrics["nll"] == pytest.approx(report.results["eager"].metrics["nll"], abs=1e-6)
+
+
+def test_a_draw_of_theta_is_followed(float64):
+    """Under a variational θ each of its draws is another posterior: the graph must not keep the first."""
+    model = HierarchicalModel(hyper_program, theta="variational", example=episode())
+    with torch.no_grad():
+        model.theta_log_scale.fill_(0.0)
+    learner, support = ABML(model, inner_steps=1, inner_lr=0.01), episode().support
+    compiled = Compiled(learner, backend=as_traced)
+    found, wanted = (one.adapt_over_theta(support, num_theta=3, generator=seeded()) for one in (compiled, learner))
+    for a, b in zip(found.components, wanted.components, strict=True):
+        torch.testing.assert_close(a.mean, b.mean, rtol=0, atol=1e-12)
+    assert not torch.allclose(found.components[0].mean, found.components[1].mean)
 
 
 def test_what_cannot_be_traced_stays_eager_and_says_why():
