@@ -15,13 +15,11 @@ import torch.distributions
 from torch import Tensor
 from torch.nn.utils import stateless
 
-from .compiling import Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .episodes import Points
+from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .learners.base import AbstractAdapter
 from .posteriors import Posterior, TaskPosterior
 from .randomness import rng
-
-SHAPES = 8  # graphs kept; the one unused for longest goes first
 
 
 class _Traced(NamedTuple):

@@ -28,22 +28,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import GraphModule
 from torch.nn.utils import stateless
 
 from .adam import AdamStep
 from .episodes import LARGEST_TARGET, Episode, Points
+from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .learners.base import AbstractMetaLearner, checked_choice
 from .randomness import rng
 
 log = logging.getLogger(__name__)
 
 Losses = Callable[[Episode], tuple[Tensor, Tensor]]
-Run = Callable[..., Sequence[Any]]
-Backend = Callable[[GraphModule, list[Tensor]], Run]
 
-SHAPES = 8  # graphs kept; the one unused for longest goes first
 MOST_SHAPES = 32  # traced in a run: more of them are no use
 CHECKS = 2  # how many steps of a new graph are held to eager
 WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
@@ -72,14 +69,6 @@ class Gradients(NamedTuple):
     loss: Tensor
     gradients: list[Tensor | None]
     update: Update | None = None
-
-
-def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
-    """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do."""
-    with warnings.catch_warnings():  # the compiler's remarks on itself
-        warnings.simplefilter("ignore")
-        run: Any = torch._inductor.compile(module, [*inputs], options={"fallback_random": True})
-        return run
 
 
 def gradients_of(losses: Losses, parameters: Sequence[Tensor], total: int, episode: Episode) -> Gradients:
@@ -375,16 +364,6 @@ class StepCompiler:
         return True
 
 
-def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
-    """``function`` of tensors as a graph, traced on ``inputs``. Raises what tracing raises, RuntimeError where no graph is equal to it."""
-    module = make_fx(function)(*inputs)
-    if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
-        raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
-    if any(_has_dynamic_shape(node) for node in module.graph.nodes):
-        raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
-    return module
-
-
 def disturbed(episode: Episode, full: tuple[bool, ...] = (False, False)) -> Episode:
     """The same tasks and points in another order, and of every second task one point fewer, where it has several and is not ``full``."""
 
@@ -409,74 +388,6 @@ def difference(found: Gradients, wanted: Gradients) -> float:
     return max(gaps, key=lambda one: math.inf if math.isnan(one) else one)
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """How far a compiled step may be from eager: half of the digits of ``dtype``."""
-    return math.sqrt(torch.finfo(dtype).eps)
-
-
-def draw_noise_outside(module: GraphModule) -> GraphModule | None:
-    """Takes the random operations out of a graph and makes their results further inputs, in order; returns what draws them, or None.
-
-    Only those whose arguments hang on no input, and only up to the first of which that is not so (a draw from a Gamma): the order in
-    which numbers are taken from the stream stays eager's.
-    """
-    graph, drawn, free = module.graph, Graph(), set[Node]()
-    outside: dict[Node, Node] = {}
-    found: list[Node] = []
-    for node in graph.nodes:
-        if node.op == "call_function" and all(n in free for n in node.all_input_nodes):
-            free.add(node)
-        if _is_random(node):
-            # one that fills a tensor in place is its own only where nothing else looks at that tensor
-            if node not in free or any(len(n.users) > 1 for n in node.all_input_nodes):
-                break
-            found.append(node)
-    if not found:
-        return None
-    needed, todo = set[Node](), list(found)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo += node.all_input_nodes
-    for node in graph.nodes:
-        if node in needed:
-            outside[node] = drawn.node_copy(node, lambda n: outside[n])
-    drawn.output(tuple(outside[node] for node in found))
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for i, node in enumerate(found):
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"noise_{i}")
-        last.meta = dict(node.meta)
-        node.replace_all_uses_with(last)
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-    module.recompile()
-    return GraphModule(module, drawn)
-
-
-def is_random(module: GraphModule) -> bool:
-    """Whether the graph draws random numbers."""
-    return any(_is_random(node) for node in module.graph.nodes)
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _has_dynamic_shape(node: Node) -> bool:
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    if node.target != torch.ops.aten.index.Tensor:
-        return True
-    return any(_dtype(index) in (torch.bool, torch.uint8) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
-
-
-def _dtype(node: Any) -> torch.dtype | None:
-    value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return getattr(value, "dtype", None)
-
-
 def _tensors(episode: Episode) -> list[Tensor]:
     return [v for points in episode for v in points if v is not None]
 
@@ -487,18 +398,3 @@ def _largest(sets: Sequence[Points]) -> Tensor:
     return torch.stack([v.abs().amax().float() for v in values]).amax() if values else torch.zeros(())
 
 
-def gap(found: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
-    """The largest difference as a share of the size of ``wanted``, at least ``floor``; infinite where shapes differ."""
-    if found.shape != wanted.shape:
-        return math.inf
-    size = max(wanted.abs().max().item(), floor)
-    most = (found - wanted).abs().max().item()
-    return most / size if size else math.inf * most if most else 0.0
-
-
-def first_lines(error: Exception) -> str:
-    """The error's text in one line, shortened; of a value that Python looks at, what that means."""
-    text = str(error).strip()
-    if "value out of a tracing tensor" in text:
-        return "a value is looked at from Python (if, float, item), which a graph cannot follow"
-    return " ".join(text.split())[:300]

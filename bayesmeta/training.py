@@ -175,12 +175,12 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     total = _number_of_tasks(learner, total, o.num_tasks)
     optimiser = _stepping("optimizer", (o.optimizer or _adam)(parameters), "torch.optim.Adam or SGD")
     scheduler = _stepping("schedule", o.schedule(optimiser), "one of the step's number, as CosineAnnealingLR") if o.schedule else None
-    adam = AdamStep.of(optimiser, parameters, o.clip)
     gradient = MetaGradient(
         learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=shared,
-        task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator), adam=adam,
+        task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator),
+        adam=AdamStep.of(optimiser, parameters, o.clip),
     )  # fmt: skip
-    run = _Run(learner, parameters, optimiser, scheduler, o.generator, gradient, group, adam)
+    run = _Run(learner, parameters, optimiser, scheduler, o.generator, gradient, group)
     if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):
         run.load(o.checkpoint)
     run.begin_together()
@@ -243,7 +243,6 @@ class _Run:
     generator: torch.Generator
     gradient: MetaGradient
     ranks: Ranks
-    adam: Any = None
     history: History = field(default_factory=History)
     best: list[Tensor] | None = None
     since_best: int = 0
@@ -254,8 +253,9 @@ class _Run:
         number = self.history.steps + 1
         found = self.gradient(episode, number, remaining)
         self.history.skipped = self.gradient.skipped
-        if found.update is not None and found.update.trusted:
-            self.adam.take(found.update.new)
+        adam = self.gradient.compiler.adam
+        if adam is not None and found.update is not None and found.update.trusted:
+            adam.take(found.update.new)
             loss = found.update.loss
         else:
             loss = self.move(found, clip, number)
@@ -282,7 +282,8 @@ class _Run:
             raise TrainingError(
                 f"step {number}: the step is not finite; parameters are at their last finite value. Lower the learning rate"
             )
-        if found.update is not None and not self.adam.agrees(found.update.new):
+        adam = self.gradient.compiler.adam
+        if adam is not None and found.update is not None and not adam.agrees(found.update.new):
             self.gradient.compiler.adam = None  # the graph's gradients are fine, its steps are not
         return found.loss.item()
 

@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "plots": {"metrics"},
     "report": {"metrics", "plots"},
     "adam": set(),
-    "compiling": {"adam", "episodes", "learners.base", "randomness"},
-    "compiled": {"compiling", "episodes", "learners.base", "posteriors", "randomness"},
+    "graphs": set(),
+    "compiling": {"adam", "episodes", "graphs", "learners.base", "randomness"},
+    "compiled": {"episodes", "graphs", "learners.base", "posteriors", "randomness"},
     "distributed": set(),
     "meta_gradient": {"adam", "compiling", "distributed", "episodes", "learners.base"},
     "training": {

@@ -56,7 +56,7 @@ def _contender(w: Workload, mode: bool) -> Contender:
     optimiser = torch.optim.Adam(parameters, workloads.ADAM, fused=True)
     adam = AdamStep.of(optimiser, parameters, None)
     gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam)
-    run = _Run(made, parameters, optimiser, None, generator, gradient, Ranks(), adam)
+    run = _Run(made, parameters, optimiser, None, generator, gradient, Ranks())
 
     def step() -> float:
         # other data at every step, as in training: what was seen of the last ones does not help

@@ -1,0 +1,123 @@
+"""A function of tensors written down as a graph of operations (`make_fx`), its noise drawn outside, and compiled; how near is near enough.
+
+Pure tools: what a graph is of, and when it is worth the trouble, is for `compiling` and `compiled` to say.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Run = Callable[..., Sequence[Any]]
+Backend = Callable[[GraphModule, list[Tensor]], Run]
+SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
+
+
+def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
+    """``function`` of tensors as a graph, traced on ``inputs``. Raises what tracing raises, RuntimeError where no graph is equal to it."""
+    module = make_fx(function)(*inputs)
+    if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
+        raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
+    if any(_has_dynamic_shape(node) for node in module.graph.nodes):
+        raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
+    return module
+
+
+def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
+    """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do."""
+    with warnings.catch_warnings():  # the compiler's remarks on itself
+        warnings.simplefilter("ignore")
+        run: Any = torch._inductor.compile(module, [*inputs], options={"fallback_random": True})
+        return run
+
+
+def draw_noise_outside(module: GraphModule) -> GraphModule | None:
+    """Takes the random operations out of a graph and makes their results further inputs, in order; returns what draws them, or None.
+
+    Only those whose arguments hang on no input, and only up to the first of which that is not so (a draw from a Gamma): the order in
+    which numbers are taken from the stream stays eager's.
+    """
+    graph, drawn, free = module.graph, Graph(), set[Node]()
+    outside: dict[Node, Node] = {}
+    found: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and all(n in free for n in node.all_input_nodes):
+            free.add(node)
+        if _is_random(node):
+            # one that fills a tensor in place is its own only where nothing else looks at that tensor
+            if node not in free or any(len(n.users) > 1 for n in node.all_input_nodes):
+                break
+            found.append(node)
+    if not found:
+        return None
+    needed, todo = set[Node](), list(found)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.all_input_nodes
+    for node in graph.nodes:
+        if node in needed:
+            outside[node] = drawn.node_copy(node, lambda n: outside[n])
+    drawn.output(tuple(outside[node] for node in found))
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for i, node in enumerate(found):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"noise_{i}")
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return GraphModule(module, drawn)
+
+
+def is_random(module: GraphModule) -> bool:
+    """Whether the graph draws random numbers."""
+    return any(_is_random(node) for node in module.graph.nodes)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far a compiled step may be from eager: half of the digits of ``dtype``."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def gap(found: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
+    """The largest difference as a share of the size of ``wanted``, at least ``floor``; infinite where shapes differ."""
+    if found.shape != wanted.shape:
+        return math.inf
+    size = max(wanted.abs().max().item(), floor)
+    most = (found - wanted).abs().max().item()
+    return most / size if size else math.inf * most if most else 0.0
+
+
+def first_lines(error: Exception) -> str:
+    """The error's text in one line, shortened; of a value that Python looks at, what that means."""
+    text = str(error).strip()
+    if "value out of a tracing tensor" in text:
+        return "a value is looked at from Python (if, float, item), which a graph cannot follow"
+    return " ".join(text.split())[:300]
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _has_dynamic_shape(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target != torch.ops.aten.index.Tensor:
+        return True
+    return any(_dtype(index) in (torch.bool, torch.uint8) for index in node.args[1] if index is not None)  # type: ignore[union-attr]
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return getattr(value, "dtype", None)
