@@ -14,9 +14,23 @@ from torch import nn
 from bayesmeta import Episode, HierarchicalModel, Points, TrainingError, compiling, meta_train
 from bayesmeta.adam import AdamStep
 from bayesmeta.compiling import StepCompiler, difference, disturbed, gradients_of
-from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, CompletePooling, Ensemble, NoPooling, Reptile
-from bayesmeta.likelihoods import Gaussian
-from bayesmeta.networks import NormalPrior, WeightNetwork
+from bayesmeta.learners import (
+    ABML,
+    BMAML,
+    LLAMA,
+    MAML,
+    PLATIPUS,
+    BayesianBlackBox,
+    BlackBox,
+    CompletePooling,
+    Ensemble,
+    Exact,
+    NoPooling,
+    ProtoNet,
+    Reptile,
+)
+from bayesmeta.likelihoods import Categorical, Gaussian
+from bayesmeta.networks import NormalPrior, PrototypeNetwork, WeightNetwork
 
 from .conftest import episode, hyper_program, positive_program, radon_program
 
@@ -110,6 +124,32 @@ def test_five_traced_steps_are_the_eager_ones_to_the_last_bit(make, model, float
     graphs = as_traced(monkeypatch)
     assert_same_training(trained(lambda: make(model()), True), trained(lambda: make(model()), False))
     assert len(graphs) == 1
+
+
+def test_what_is_checked_on_values_outside_is_not_in_the_graph(float64, monkeypatch):
+    """Exact's quadratic and ProtoNet's classes are looked at eagerly; a batch that lacks a class later on is still refused."""
+    graphs = as_traced(monkeypatch)
+    make = lambda: Exact(radon())  # noqa: E731
+    assert_same_training(trained(make, True), trained(make, False))
+    assert len(graphs) == 1
+
+    def labelled(classes):
+        x = torch.randn(3, 4, 2)
+        y = torch.tensor([classes] * 3)
+        return Episode.from_tuple([x, y, x + 0.1, torch.tensor([[0, 0, 0, 0]] * 3)])
+
+    class Later:
+        calls = 0
+
+        def sample(self, num_tasks, *, generator):
+            Later.calls += 1
+            return labelled([0, 1, 0, 1] if Later.calls < 6 else [0, 0, 0, 0])
+
+    torch.manual_seed(0)
+    model = HierarchicalModel.from_network(PrototypeNetwork(nn.Linear(2, 3), 3, 2), Categorical(2))
+    with pytest.raises(ValueError, match="ProtoNet: support: task 0 has no point of class 1"):
+        meta_train(ProtoNet(model), Later(), steps=9, compile=True)
+    assert len(graphs) == 2 and Later.calls == 6
 
 
 @pytest.mark.parametrize("theta", ["map", "variational"])

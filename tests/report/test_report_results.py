@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayesmeta.report import Bands, Curves, LearnerResult, Report
+from bayesmeta.report import Bands, Curves, LearnerResult, Report, joined
 
 ENDS = dict.fromkeys(("mean", "lower50", "upper50", "lower90", "upper90"), np.zeros(4))
 
@@ -12,6 +12,22 @@ def test_arrays_become_float64_and_read_only():
     assert curves.grid.dtype == curves.draws.dtype == np.float64
     with pytest.raises(ValueError, match="read-only"):
         curves.mean[0] = 1
+
+
+def test_parts_are_joined_by_what_they_are():
+    """Scores behind each other; seconds and counts add up, gradients are per task, extremes stay extremes, words the first's."""
+    parts = [
+        LearnerResult(
+            metrics={"nll": np.arange(n)}, pit=np.full((n, 2), n), sites={"level": np.full(n, 1.0)}, seconds=n, gradient_evaluations=g,
+            diagnostics={"divergences": 2.0, "max_r_hat": 1.0 + n, "min_effective_draws": 10.0 * n, "theta": "NUTS"},
+        )
+        for n, g in ((1, 6.0), (3, 2.0))
+    ]  # fmt: skip
+    one = joined(parts)
+    assert one.metrics["nll"].tolist() == [0, 0, 1, 2] and one.pit[:, 0].tolist() == [1, 3, 3, 3] and len(one.sites["level"]) == 4
+    assert one.seconds == 4 and one.gradient_evaluations == 3.0
+    assert one.diagnostics == {"divergences": 4.0, "max_r_hat": 4.0, "min_effective_draws": 10.0, "theta": "NUTS"}
+    assert joined(parts[:1]) is parts[0]
 
 
 def test_the_callers_arrays_stay_writable_and_apart():
