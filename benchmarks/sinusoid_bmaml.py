@@ -9,8 +9,8 @@ mixture's query NLL), an ensemble of 10 MAMLs and one MAML spend the same number
 backward through a batch of 10 tasks counted as one each. Printed and drawn: mean squared error of the mean prediction, and NLL, along
 that budget, with 95% intervals over tasks. The paper gives curves and no numbers.
 
-BMAML steps by ε = 0.01 from a prior of sd 0.3, not by the paper's 0.001, which hardly moves it: particles that are far apart share no gradient,
-so a Stein step moves each by about a fifth of ε here.
+BMAML steps by ε = 0.01 from a prior of sd 0.3, not by the paper's 0.001, which hardly moves it: particles that are far apart share no
+gradient, so a Stein step moves each by about a fifth of ε here.
 """
 
 import argparse
