@@ -80,6 +80,9 @@ def evaluate(
     shown = [_shown(episode, task, names[task], explained.get(task, ())) for task in tasks]
     ask = _Ask(num_draws, num_theta, seed, scale, units, exact_maps)
     results = {name: _result(adapter, episode, truth, shown, ask, task_chunk) for name, adapter in named.items()}
+    together = [name for name, adapter in named.items() if adapter.model.network is not None and adapter.model.network.is_transductive]
+    if together:
+        notes = (*notes, f"Transductive, batch norm by the query set's own statistics: {', '.join(together)}.")
     return Report(
         results=results, scored_tasks={k: v.numpy() for k, v in truth.scored_tasks(episode.query).items()},
         explanation_names=truth.names, exact_maps=exact_maps,
@@ -152,7 +155,7 @@ def _part(
     before = model.gradient_evaluations
     start = time.perf_counter()
     posterior = adapter.adapt_over_theta(episode.support, num_theta=ask.num_theta, generator=generator)
-    predictive = posterior.predict(query.x, None if posterior.is_point else ask.num_draws, generator=generator)
+    predictive = posterior.predict(query.x, None if posterior.is_point else ask.num_draws, generator=generator, mask=query.mask)
     seconds = time.perf_counter() - start
     gradients = model.gradient_evaluations - before
     here = range(first, first + episode.num_tasks)

@@ -523,13 +523,16 @@ class HierarchicalModel(nn.Module):
         value = torch.where(here.full_mask(), point_divergence(here.base, there.base), 0.0) * here.scale
         return value.flatten(value.dim() - here.point_axes - 1).sum(-1).expand(other.shape[:-1])
 
-    def predict(self, phi: Tensor, x: Tensor) -> Any:
-        """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``."""
+    def predict(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Any:
+        """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``.
+
+        ``mask (T, N)``: which points are real, None for all; only a network that normalises by the set at hand looks at it.
+        """
         x = as_inputs(x)
         x = x.to(device=self._anchor.device, dtype=self._anchor.dtype if x.is_floating_point() else x.dtype)
         if x.dim() < 2 or x.shape[0] != phi.shape[-2]:
             raise ValueError(f"x: expected shape (T, N, *I) with T = {phi.shape[-2]} tasks, got {tuple(x.shape)}")
-        points = Points(x, None, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+        points = Points(x, None, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask)
         try:
             target = self._run(Packed(self._checked(phi)), points).target
         except (AttributeError, TypeError) as error:
@@ -610,6 +613,14 @@ class HierarchicalModel(nn.Module):
     def network(self) -> AbstractNetwork | None:
         """The network of a model made by `from_network`; None for a user's program."""
         return self.program.network if isinstance(self.program, NetworkProgram) else None
+
+    def renew_statistics(self, data: Points | Episode) -> None:
+        """After a step of training on ``data``: running batch-norm statistics, if any, move towards those at φ's starting point."""
+        network = self.network
+        if network is not None and network.batch_norms is not None and network.batch_norms.policy == "running":
+            with torch.no_grad():
+                points = self.prepare(data)
+                network.batch_norms.renew(self.initial(points), points.x, points.mask)
 
     def reinitialise(self, seed: int, *, jitter: float = 0.1) -> None:
         """Another starting point for θ, drawn by ``seed``: for the members of an ensemble.

@@ -12,14 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from .batch_norm import BatchNorms, with_policy
+from .convolutions import TaskConv2d
+
 
 class AbstractNetwork(nn.Module, ABC):
     """A function of task parameters and inputs: ``phi (*S, T, D)``, ``x (T, N, *I)`` to outputs ``(*S, T, N, *O)``.
 
-    Parameters that this module holds are θ's (shared by all tasks); φ is handed in.
+    Parameters that this module holds are θ's (shared by all tasks); φ is handed in. ``batch_norms``: those of the network, by
+    `bayesmeta.batch_norm`'s policies; a network that has none need not take a ``mask``.
     """
 
     dim: int
+    batch_norms: BatchNorms | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norms = None
+
+    @property
+    def is_transductive(self) -> bool:
+        """Whether an output hangs on the other points of its set: batch norm by the statistics of the set at hand."""
+        return self.batch_norms is not None and self.batch_norms.policy == "task"
 
     @abstractmethod
     def initial(self) -> Tensor:
@@ -30,22 +44,25 @@ class AbstractNetwork(nn.Module, ABC):
         """A sensible prior sd for each entry of φ at the start, ``(D,)``."""
 
     @abstractmethod
-    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
-        """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
+    def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``; ``mask (T, N)``: which points are real, None for all."""
 
 
 class WeightNetwork(AbstractNetwork):
     """φ is all the weights of ``module``, any `nn.Module` that maps ``(N, *I)`` to ``(N, *O)`` deterministically.
 
-    The module's own weights are where φ starts; it is called functionally and never changed. Raises ValueError for a
-    module without parameters, or with dropout or batch-norm running statistics (whose result would depend on the
-    order of calls).
+    The module's own weights are where φ starts; it is called functionally and never changed. ``batch_norm``: "task", "running" or "none",
+    what its batch norms normalise by (`bayesmeta.batch_norm`). Raises ValueError for a module without parameters, with dropout, or with
+    batch norm where ``batch_norm`` is None.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    batch_norms: BatchNorms
+
+    def __init__(self, module: nn.Module, *, batch_norm: str | None = None) -> None:
         super().__init__()
-        _check_deterministic(module)
-        parameters = dict(module.named_parameters())
+        own = with_policy(copy.deepcopy(module), batch_norm)
+        _check_deterministic(own)
+        parameters = dict(own.named_parameters())
         if not parameters:
             raise ValueError(f"WeightNetwork: {type(module).__name__} has no parameters to adapt")
         self._names = list(parameters)
@@ -53,7 +70,8 @@ class WeightNetwork(AbstractNetwork):
         self._sizes = [p.numel() for p in parameters.values()]
         self.dim = sum(self._sizes)
         # A copy, so that the caller's is never changed; called with weights handed in, so its own must not show up as θ.
-        self._module = [copy.deepcopy(module).requires_grad_(False)]
+        self._module = [_fast(own).requires_grad_(False)]
+        self.batch_norms = BatchNorms(self.module, self._one)
 
     @property
     def module(self) -> nn.Module:
@@ -72,33 +90,41 @@ class WeightNetwork(AbstractNetwork):
         parts = self.initial().split(self._sizes)
         return torch.cat([torch.full_like(p, 0.1 * float(p.square().mean().sqrt()) or 0.01) for p in parts])
 
-    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+    def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
         run = vmap(self._one)
         for _ in phi.shape[:-2]:
-            run = vmap(run, in_dims=(0, None))
-        return run(phi, x)
+            run = vmap(run, in_dims=(0, None, None))
+        return run(phi, x, _real(x, mask))
+
+    def handed(self, phi: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """One task's weights and batch-norm statistics by name, for `torch.func.functional_call`: ``phi (D,)``, ``mask (N,)``."""
+        weights = {n: v.view(s) for n, v, s in zip(self._names, phi.split(self._sizes), self._shapes, strict=True)}
+        return weights | self.batch_norms.handed(mask)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightNetwork:
         self.module._apply(fn, recurse)  # its buffers move along
         return super()._apply(fn, recurse)
 
-    def _one(self, phi: Tensor, x: Tensor) -> Tensor:
-        weights = {n: v.view(s) for n, v, s in zip(self._names, phi.split(self._sizes), self._shapes, strict=True)}
-        return functional_call(self.module, weights, (x,))
+    def _one(self, phi: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        return functional_call(self.module, self.handed(phi, mask), (x,))
 
 
 class HeadNetwork(AbstractNetwork):
     """φ is a linear last layer on features that all tasks share: output = features(x) Wᵀ + b (ANIL, last-layer Bayes).
 
     ``features``: an `nn.Module` mapping ``(N, *I)`` to ``(N, F)``, whose weights are θ's. ``num_features``: F.
-    ``num_outputs``: O.
+    ``num_outputs``: O. ``batch_norm``: as for `WeightNetwork`; a copy of ``features`` is then taken.
     """
 
-    def __init__(self, features: nn.Module, num_features: int, num_outputs: int, *, bias: bool = True) -> None:
+    batch_norms: BatchNorms
+
+    def __init__(
+        self, features: nn.Module, num_features: int, num_outputs: int, *, bias: bool = True, batch_norm: str | None = None
+    ) -> None:
         super().__init__()
-        _check_deterministic(features)
-        self.features = features
+        self.features = _features(features, batch_norm)
+        self.batch_norms = BatchNorms(self.features, self._one)
         self.num_features, self.num_outputs, self.bias = num_features, num_outputs, bias
         self.dim = num_outputs * (num_features + bias)
 
@@ -110,28 +136,34 @@ class HeadNetwork(AbstractNetwork):
         """1/√F, so that outputs have unit scale for features of unit scale, ``(D,)``."""
         return torch.full((self.dim,), 1.0 / math.sqrt(self.num_features))
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(T, N, *I)`` to features ``(T, N, F)``."""
-        return _embed(self.features, x, self.num_features)
+        return _embed(self.features, self.batch_norms, x, mask, self.num_features)
 
-    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+    def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, O)``."""
-        features = self.embed(x)
+        features = self.embed(x, mask)
         weight, bias = phi.split([self.num_outputs * self.num_features, self.num_outputs * self.bias], -1)
         out = features @ weight.unflatten(-1, (self.num_outputs, self.num_features)).mT
         return out + bias[..., None, :] if self.bias else out
+
+    def _one(self, phi: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        return functional_call(self.features, self.batch_norms.handed(mask), (x,))
 
 
 class PrototypeNetwork(AbstractNetwork):
     """φ is a point for each class in an embedding that all tasks share; logits are −‖e(x) − c_k‖² (Snell et al. 2017, eq. 2).
 
     ``features``: an `nn.Module` mapping ``(N, *I)`` to ``(N, F)``, whose weights are θ's. ``num_features``: F. ``num_classes``: C.
+    ``batch_norm``: as for `HeadNetwork`.
     """
 
-    def __init__(self, features: nn.Module, num_features: int, num_classes: int) -> None:
+    batch_norms: BatchNorms
+
+    def __init__(self, features: nn.Module, num_features: int, num_classes: int, *, batch_norm: str | None = None) -> None:
         super().__init__()
-        _check_deterministic(features)
-        self.features = features
+        self.features = _features(features, batch_norm)
+        self.batch_norms = BatchNorms(self.features, self._one)
         self.num_features, self.num_classes = num_features, num_classes
         self.dim = num_classes * num_features
 
@@ -143,13 +175,16 @@ class PrototypeNetwork(AbstractNetwork):
         """1, ``(D,)``: features of unit scale."""
         return torch.ones(self.dim)
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(T, N, *I)`` to features ``(T, N, F)``."""
-        return _embed(self.features, x, self.num_features)
+        return _embed(self.features, self.batch_norms, x, mask, self.num_features)
 
-    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+    def _one(self, phi: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        return functional_call(self.features, self.batch_norms.handed(mask), (x,))
+
+    def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, C · F)`` and ``(T, N, *I)`` to logits ``(*S, T, N, C)``."""
-        e, c = self.embed(x), phi.unflatten(-1, (self.num_classes, self.num_features))
+        e, c = self.embed(x, mask), phi.unflatten(-1, (self.num_classes, self.num_features))
         # ‖e − c‖² multiplied out: (*S, T, N, C, F) would be large
         return 2 * e @ c.mT - e.square().sum(-1, keepdim=True) - c.square().sum(-1)[..., None, :]
 
@@ -173,7 +208,7 @@ class DecoderNetwork(AbstractNetwork):
         """1, ``(D,)``: the code's own scale is the decoder's to choose."""
         return torch.ones(self.dim)
 
-    def forward(self, phi: Tensor, x: Tensor) -> Tensor:
+    def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, O)``."""
         x = x.flatten(2)
         shape = (*phi.shape[:-1], x.shape[1])
@@ -227,11 +262,34 @@ class NormalPrior(nn.Module):
         return dist.Normal(zeros, 1.0), dist.Gamma(zeros + a, zeros + b)
 
 
-def _embed(features: nn.Module, x: Tensor, size: int) -> Tensor:
-    e = features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def _features(features: nn.Module, batch_norm: str | None) -> nn.Module:
+    own = features if batch_norm is None else with_policy(copy.deepcopy(features), batch_norm)
+    _check_deterministic(own)
+    return own
+
+
+def _embed(features: nn.Module, norms: BatchNorms, x: Tensor, mask: Tensor | None, size: int) -> Tensor:
+    """``(T, N, *I)`` to ``(T, N, F)``: task by task where batch norm is, else all points at once."""
+
+    def one(x: Tensor, mask: Tensor) -> Tensor:
+        return functional_call(features, norms.handed(mask), (x,))
+
+    mask = _real(x, mask)
+    e = vmap(one)(x, mask) if norms.policy == "task" else one(x.flatten(0, 1), mask.flatten()).unflatten(0, x.shape[:2])
     if e.shape[-1] != size:
         raise ValueError(f"features put out {e.shape[-1]} numbers a point, expected num_features={size}")
     return e
+
+
+def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+
+
+def _fast(module: nn.Module) -> nn.Module:
+    """The module with layers in it that bear `vmap` over their weights well."""
+    for name, part in module.named_children():
+        setattr(module, name, _fast(part))
+    return TaskConv2d.of(module) if type(module) is nn.Conv2d else module
 
 
 def _check_deterministic(module: nn.Module) -> None:
@@ -242,6 +300,9 @@ def _check_deterministic(module: nn.Module) -> None:
         if isinstance(part, nn.RNNBase | nn.MultiheadAttention) and part.dropout > 0:
             raise ValueError(f"module '{name}' is {kind} with dropout={part.dropout}: a network must be deterministic given φ; set it to 0")
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"module '{name}' is {kind}: its statistics would mix tasks and padding; use GroupNorm or LayerNorm")
+            raise ValueError(
+                f"module '{name}' is {kind}: its statistics would mix tasks and padding; say what it normalises by, batch_norm='task' "
+                "(the set at hand), 'running' (the training tasks) or 'none', or use GroupNorm or LayerNorm"
+            )
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
             raise ValueError(f"module '{name}' is {kind} with running statistics: use track_running_stats=False, GroupNorm or LayerNorm")

@@ -138,14 +138,17 @@ class TaskPosterior:
         with torch.no_grad(), self.model.theta_at(self.theta):
             return self.model.unpack(self.draws(n, generator=generator))
 
-    def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
+    def predict(
+        self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None, mask: Tensor | None = None
+    ) -> Predictive:
         """The predictive distribution of y at ``x (T, N, *I)``, averaged over ``n`` draws of φ (see `draws`).
 
-        Of particles never more than there are: all of them, once each, are the mixture without error.
+        ``mask``: as for `HierarchicalModel.predict`. Of particles never more than there are: all of them, once each, are the mixture
+        without error.
         """
         n = min(n, len(self.distribution.values)) if n is not None and isinstance(self.distribution, Particles) else n
         with torch.no_grad(), self.model.theta_at(self.theta):
-            return Predictive(self.model.predict(self.draws(n, generator=generator), x))
+            return Predictive(self.model.predict(self.draws(n, generator=generator), x, mask))
 
     def log_prob(self, phi: Tensor) -> Tensor:
         """log q(φ) in packed space: ``(*S, T, D)`` to ``(*S, T)``. Raises NotImplementedError for particles."""
@@ -226,10 +229,12 @@ class MixturePosterior:
             parts = [c.sites(self._each(n)) for c in self._moving()]
         return {name: torch.stack([part[name] for part in parts], 1).flatten(0, 1)[:n] for name in parts[0]}
 
-    def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
+    def predict(
+        self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None, mask: Tensor | None = None
+    ) -> Predictive:
         """The predictive at ``x (T, N, *I)``: ``n`` draws shared out equally among components (1 of a Delta), each under its own θ."""
         with rng(generator):
-            parts = [c.predict(x, None if c.is_point else self._each(n)) for c in self._moving()]
+            parts = [c.predict(x, None if c.is_point else self._each(n), mask=mask) for c in self._moving()]
         return Predictive([fn for part in parts for fn in part.components], num_theta=len(parts))
 
     def log_prob(self, phi: Tensor) -> Tensor:
@@ -257,14 +262,14 @@ class MixturePosterior:
 class FunctionPosterior:
     """A predictive that goes from support set to prediction directly: there is no φ of fixed size to draw.
 
-    ``rule(support, x)`` gives the distribution of one point's y at ``x (T, N, *I)``, batch ``(1, T, N)``. ``predict`` works; `draws`,
+    ``rule(support, x, mask)`` gives the distribution of one point's y at ``x (T, N, *I)``, batch ``(1, T, N)``. ``predict`` works; `draws`,
     `sites`, `log_prob` and `guide` raise NotImplementedError.
     """
 
     has_phi: ClassVar[bool] = False
     is_point: ClassVar[bool] = True
 
-    def __init__(self, model: HierarchicalModel, rule: Callable[[Points, Tensor], Any], support: Points) -> None:
+    def __init__(self, model: HierarchicalModel, rule: Callable[[Points, Tensor, Tensor | None], Any], support: Points) -> None:
         self.model, self.rule, self.support = model, rule, support
         self.diagnostics: dict[str, float | str] = {}
 
@@ -277,12 +282,14 @@ class FunctionPosterior:
         """The posterior of the chosen tasks, in that order."""
         return FunctionPosterior(self.model, self.rule, self.support.select(tasks))
 
-    def predict(self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None) -> Predictive:
+    def predict(
+        self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None, mask: Tensor | None = None
+    ) -> Predictive:
         """The predictive at ``x (T, N, *I)``; nothing is drawn, ``n`` plays no part."""
         x = as_inputs(x)
         x = x.to(device=self.support.x.device, dtype=self.support.x.dtype if x.is_floating_point() else x.dtype)
         with torch.no_grad():
-            return Predictive(self.rule(self.support, x))
+            return Predictive(self.rule(self.support, x, mask))
 
     def draws(self, n: int | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Raises NotImplementedError."""

@@ -228,7 +228,7 @@ def predictive_nll(adapter: AbstractAdapter, episode: Episode, *, num_draws: int
     query = adapter.prepared(episode.query, "query")
     assert query.y is not None
     posterior = adapter.adapt(episode.support, generator=generator)
-    predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator)
+    predictive = posterior.predict(query.x, None if posterior.is_point else num_draws, generator=generator, mask=query.mask)
     return task_mean(-predictive.log_prob(query.y), query.mask)
 
 
@@ -261,6 +261,7 @@ class _Run:
             loss = self.move(found, clip, number)
         if self.scheduler is not None:
             self.scheduler.step()
+        self.learner.model.renew_statistics(episode)
         self.history.loss.append(loss)
         return loss
 

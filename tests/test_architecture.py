@@ -8,13 +8,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bayesmeta"
 
 # Each room and the rooms it may import from; a room may always import from itself.
-GROUND = {"randomness", "sampling", "packing", "episodes", "networks", "likelihoods", "predictive", "posteriors"}
+GROUND = {
+    "randomness", "sampling", "packing", "episodes", "convolutions", "batch_norm", "networks", "likelihoods", "predictive", "posteriors",
+}  # fmt: skip
 MAY_IMPORT = {
     "randomness": set(),
     "sampling": set(),
     "packing": {"randomness"},
     "episodes": set(),
-    "networks": set(),
+    "convolutions": set(),
+    "batch_norm": set(),
+    "networks": {"convolutions", "batch_norm"},
     "likelihoods": set(),
     "predictive": {"packing", "randomness"},
     "posteriors": {"packing", "predictive", "randomness"},

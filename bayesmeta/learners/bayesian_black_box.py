@@ -169,7 +169,7 @@ class BayesianBlackBox(AbstractMetaLearner):
     def _predictive(self, q: Any, noise: Tensor, query: Points) -> Tensor:
         """−Σ_j log 1/M Σ_m p(y_j | x_j, φ_m), ``(T,)``."""
         assert query.y is not None
-        log_prob = Predictive(self.model.predict(_draws(q, noise), query.x)).log_prob(query.y)
+        log_prob = Predictive(self.model.predict(_draws(q, noise), query.x, query.mask)).log_prob(query.y)
         return -torch.where(query.mask, log_prob, 0.0).sum(-1)
 
 

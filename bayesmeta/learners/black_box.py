@@ -68,7 +68,7 @@ class BlackBox(AbstractMetaLearner):
         with rng(generator):
             if not self.predictive_head:
                 return mean_nll(self.model, self._phi(support), query)
-            log_prob = Predictive(self._predictive(support, query.x)).log_prob(query.y)
+            log_prob = Predictive(self._predictive(support, query.x, query.mask)).log_prob(query.y)
             return -torch.where(query.mask, log_prob, 0.0).sum(-1) / counts(query)
 
     def _phi(self, support: Points) -> Tensor:
@@ -76,10 +76,10 @@ class BlackBox(AbstractMetaLearner):
         seen = support.mask.any(1)[:, None].to(mean)
         return mean + sd * seen * self.head(self.encoder(support))
 
-    def _predictive(self, support: Points, x: Tensor) -> Any:
+    def _predictive(self, support: Points, x: Tensor, mask: Tensor | None = None) -> Any:
         """The distribution of one point's y at ``x (T, N, *I)``, batch ``(1, T, N)``."""
         points, likelihood = self.encoder.points, self.model.program.likelihood  # type: ignore[attr-defined]
-        inputs = points.inputs(x)
+        inputs = points.inputs(x, mask)
         encoding = self.encoder(support)[:, None].expand(*inputs.shape[:2], -1)
         output = self.head(torch.cat([encoding, inputs], -1))[None]
         return likelihood(output, x[..., -1]) if points.exposure else likelihood(output)

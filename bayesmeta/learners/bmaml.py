@@ -104,7 +104,7 @@ class BMAML(AbstractMetaLearner):
     def _mixture_nll(self, phi: Tensor, query: Points) -> Tensor:
         """−1/N_Q Σ_j log 1/M Σ_m p(y_j | x_j, φ_m) at ``phi (M, T, D)``, ``(T,)``; 0 for a task without points."""
         assert query.y is not None
-        log_density = Predictive(self.model.predict(phi, query.x)).log_prob(query.y)
+        log_density = Predictive(self.model.predict(phi, query.x, query.mask)).log_prob(query.y)
         return -torch.where(query.mask, log_density, 0.0).sum(-1) / counts(query)
 
     def _steps(self, start: Tensor, points: Points, steps: int, step_size: float, *, keep_graph: bool = True) -> Tensor:

@@ -286,10 +286,10 @@ class ByLayer:
         """The distribution of y with ``shift (T, N, outputs)`` added to the layer's outputs, and the layer's inputs."""
         program = self.model.program
         assert isinstance(program, NetworkProgram)
-        x, given = self.points.x, ()
+        x, mask, given = self.points.x, self.points.mask, ()
         if getattr(program.likelihood, "exposure", False):
             x, given = x[..., :-1], (x[..., -1],)  # type: ignore[assignment]
-        output, inputs = _run(program.network, self.phi, x, shift, k)
+        output, inputs = _run(program.network, self.phi, x, mask, shift, k)
         return program.likelihood(output, *given), inputs
 
 
@@ -301,18 +301,15 @@ def _weights_first(block: Tensor, layer: Layer) -> Tensor:
     return block.flatten(3, 4).flatten(1, 2)[:, order[:, None], order]
 
 
-def _run(network: AbstractNetwork, phi: Tensor, x: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _run(network: AbstractNetwork, phi: Tensor, x: Tensor, mask: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The network's output with ``shift (T, N, outputs)`` added to its ``k``-th linear layer's, and that layer's inputs."""
     if isinstance(network, HeadNetwork):
-        return network(phi, x) + shift, network.embed(x)
+        return network(phi, x, mask) + shift, network.embed(x, mask)
     assert isinstance(network, WeightNetwork)
     module = network.module
     layer = [part for part in module.modules() if type(part) is nn.Linear][k]
-    named = dict(module.named_parameters())
 
-    def one(phi: Tensor, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        parts = phi.split([p.numel() for p in named.values()])
-        weights = {n: v.view(p.shape) for (n, p), v in zip(named.items(), parts, strict=True)}
+    def one(phi: Tensor, x: Tensor, mask: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
         def remember(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -323,12 +320,12 @@ def _run(network: AbstractNetwork, phi: Tensor, x: Tensor, shift: Tensor, k: int
 
         handle = layer.register_forward_hook(remember)
         try:
-            output = functional_call(module, weights, (x,))
+            output = functional_call(module, network.handed(phi, mask), (x,))
         finally:
             handle.remove()
         return output, seen[0]
 
-    return vmap(one)(phi, x, shift)
+    return vmap(one)(phi, x, mask, shift)
 
 
 def _floored(matrix: Tensor, sd: Tensor, least: float) -> Tensor:

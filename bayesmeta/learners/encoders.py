@@ -75,24 +75,24 @@ class PointFeatures(AbstractLazyModule):
 
     def forward(self, points: Points) -> Tensor:
         """``(T, N, F)``."""
-        f = torch.cat([self.inputs(points.x), self._targets(points)], -1)
+        f = torch.cat([self.inputs(points.x, points.mask), self._targets(points)], -1)
         if f.shape[-1] > PRODUCTS_UP_TO:
             return f
         first, second = torch.triu_indices(f.shape[-1], f.shape[-1], device=f.device)
         return torch.cat([f, f[..., first] * f[..., second]], -1)
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x flattened, or its features, ``(T, N, ·)``; a log exposure stays by itself."""
         embed = self._network[0].embed if self._network else self._through_features
         if self.exposure:
-            return torch.cat([_flat(embed(x[..., :-1])), x[..., -1:]], -1).to(self._anchor)
-        return _flat(embed(x)).to(self._anchor)
+            return torch.cat([_flat(embed(x[..., :-1], mask)), x[..., -1:]], -1).to(self._anchor)
+        return _flat(embed(x, mask)).to(self._anchor)
 
     def values(self, points: Points) -> Tensor:
         """x and y as they are, ``(T, N, ·)``: what tells points apart, whatever the features have learned."""
         return torch.cat([_flat(points.x).to(self._anchor), self._targets(points)], -1)
 
-    def _through_features(self, x: Tensor) -> Tensor:
+    def _through_features(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return x if self.features is None else self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def _targets(self, points: Points) -> Tensor:

@@ -73,15 +73,15 @@ class MatchingNet(AbstractMetaLearner):
         assert query.y is not None
         with rng(generator):
             y = query.y[..., 0] if query.y.dim() == 3 else query.y
-            log_prob = self._rule(support, query.x).log_prob(y)[0]
+            log_prob = self._rule(support, query.x, query.mask).log_prob(y)[0]
             return -torch.where(query.mask, log_prob, 0.0).sum(-1) / counts(query)
 
-    def _rule(self, support: Points, x: Tensor) -> Classes:
+    def _rule(self, support: Points, x: Tensor, mask: Tensor | None = None) -> Classes:
         """p(y | x, S_i) at ``x (T, N, *I)``, batch ``(1, T, N)``."""
         network = self.model.network
         assert isinstance(network, HeadNetwork | PrototypeNetwork)
         members = class_members(support, self._num_classes, "MatchingNet")
-        scores = self._similarity(network.embed(x), network.embed(support.x)) / self._tau()
+        scores = self._similarity(network.embed(x, mask), network.embed(support.x, support.mask)) / self._tau()
         # in logs, so that a class far away has a small probability and not 0; `Classes` divides by their sum
         return Classes(logits=torch.where(members[:, None], scores[..., None], -torch.inf).logsumexp(-2)[None])
 

@@ -116,7 +116,7 @@ def test_members_without_phi_predict_together_and_draw_nothing(float64):
 
 def test_a_mixture_is_of_one_kind():
     with_phi = MAML(HierarchicalModel(radon_program)).adapt(episode().support)
-    without = FunctionPosterior(with_phi.model, lambda support, x: None, episode().support)
+    without = FunctionPosterior(with_phi.model, lambda support, x, mask: None, episode().support)
     with pytest.raises(ValueError, match="all have a φ, or none"):
         MixturePosterior([with_phi, without])
 
