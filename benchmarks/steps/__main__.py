@@ -14,8 +14,8 @@ one round, to the first contender's time. Compilation is apart, with the compile
 three steps, fed the same noise where there is any; the first alone for a JAX step that draws its own noise afterwards; of NumPyro, whose
 noise is its own, the mean over 50 draws. Memory is what the process grows by during a step.
 
-W1 MLP 1-40-40-1, 10 + 10 points, second order. W2 28 × 28, 5 classes, 1 + 15 images each, four strided convolutions of 64 filters, for all
-with GroupNorm in place of batch norm, which the package refuses. W3 the "predictive" objective. W5 a user's Pyro program; 8 + 8 points a
+W1 MLP 1-40-40-1, 10 + 10 points, second order. W2 28 × 28, 5 classes, 1 + 15 images each, four strided convolutions of 64 filters, batch
+norm by the statistics of the set at hand. W3 the "predictive" objective. W5 a user's Pyro program; 8 + 8 points a
 task.
 The extra `bench` brings JAX and NumPyro: pip install -e '.[bench]'.
 """

@@ -114,9 +114,8 @@ def _image_nll(p: Theta, x: Array, y: Array) -> Array:
     for layer in (0, 3, 6, 9):
         h = lax.conv_general_dilated(h, p[f"{layer}.weight"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW"))
         h = h + p[f"{layer}.bias"][:, None, None]
-        groups = h.reshape(len(h), workloads.GROUPS, -1)
-        groups = (groups - groups.mean(-1, keepdims=True)) / jnp.sqrt(groups.var(-1, keepdims=True) + 1e-5)
-        h = relu(groups.reshape(h.shape) * p[f"{layer + 1}.weight"][:, None, None] + p[f"{layer + 1}.bias"][:, None, None])
+        h = (h - h.mean((0, 2, 3), keepdims=True)) / jnp.sqrt(h.var((0, 2, 3), keepdims=True) + 1e-5)
+        h = relu(h * p[f"{layer + 1}.weight"][:, None, None] + p[f"{layer + 1}.bias"][:, None, None])
     logits = h.reshape(len(h), -1) @ p["13.weight"].T + p["13.bias"]
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
 

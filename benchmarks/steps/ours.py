@@ -29,7 +29,7 @@ def _learner(w: Workload) -> bm.learners.AbstractMetaLearner:
             return bm.learners.BayesianBlackBox(model, objective="elbo", subsets=False)
         return bm.learners.MAML(model, inner_steps=w.steps, inner_lr=w.inner_lr)
     if w.kind == "omniglot":
-        model = bm.HierarchicalModel.from_network(WeightNetwork(workloads.convolutions()), bm.likelihoods.Categorical(5))
+        model = bm.HierarchicalModel.from_network(WeightNetwork(workloads.convolutions(), batch_norm="task"), bm.likelihoods.Categorical(5))
         return bm.learners.MAML(model, inner_steps=w.steps, inner_lr=w.inner_lr)
     network, likelihood = WeightNetwork(workloads.mlp()), bm.likelihoods.Gaussian(workloads.NOISE, learn=False)
     if w.kind == "sinusoid":
