@@ -23,13 +23,17 @@ from .randomness import rng
 
 
 class _Traced(NamedTuple):
-    """``run`` gives the tensors of ``template``, a distribution made while the graph was traced, in their order."""
+    """``run`` gives the tensors of ``template``, a distribution made while the graph was traced, in their order.
+
+    ``evaluations``: what a run adds to the model's count of gradients.
+    """
 
     run: Run
     noise: Callable[[], Any] | None
     random: bool
     template: Any
     diagnostics: dict[str, float | str]
+    evaluations: float
 
 
 class Compiled(AbstractAdapter):
@@ -68,6 +72,7 @@ class Compiled(AbstractAdapter):
             return self.adapter.adapt(support, generator=generator)
         self._graphs.move_to_end(key)
         step = self._graphs[key]
+        self.model.gradient_evaluations += step.evaluations
         return self.adapter.posterior(self._distribution(step, data, generator), dict(step.diagnostics))
 
     def _distribution(self, step: _Traced, data: list[Tensor], generator: torch.Generator | None) -> Any:
@@ -97,20 +102,22 @@ class Compiled(AbstractAdapter):
             made[:] = [posterior]
             return list(_tensors(posterior.distribution))
 
-        inputs = [*self._state(), *data]
+        inputs, before = [*self._state(), *data], self.model.gradient_evaluations
         with rng(None):
             module = trace(function, inputs)
+        evaluations = self.model.gradient_evaluations - before
         template, random = made[0].distribution, is_random(module)
         noise = draw_noise_outside(module)
         state = torch.empty(0) if generator is None else generator.get_state()
         with torch.no_grad(), rng(None):
             extra = () if noise is None else noise()
             run = self.backend(module, [*inputs, *extra])
-        step = _Traced(run, noise, random, template, made[0].diagnostics)
+        step = _Traced(run, noise, random, template, made[0].diagnostics, evaluations)
         found = self._distribution(step, data, generator)
         if generator is not None:
             generator.set_state(state)
         wanted = adapter.adapt(points, generator=generator)
+        self.model.gradient_evaluations = before
         assert isinstance(wanted, TaskPosterior)
         pairs = zip(_tensors(found), _tensors(wanted.distribution), strict=True)
         far = [gap(a, b) for a, b in pairs if b.is_floating_point() and b.numel()]

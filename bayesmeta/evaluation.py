@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .compiled import Compiled
 from .distributed import ranks
 from .episodes import Episode, Points
-from .learners.base import AbstractAdapter, checked_steps
+from .learners.base import AbstractAdapter, checked_choice, checked_steps
 from .metrics import accuracy, brier, crps, interval_coverage, interval_width, randomized_pit, rmse, task_mean
 from .posteriors import Posterior
 from .predictive import Predictive
@@ -29,6 +30,7 @@ GRID_POINTS = 100
 FEW_VALUES = 6  # a feature with at most so many distinct values is drawn at just those
 CRPS_SAMPLES = 200
 EXAMPLE_DRAWS = 20
+COMPILING_PAYS = 120.0  # seconds of eager adaptation and prediction to come; compiling takes 5–40
 MAP_POINTS, MAP_DRAWS = 40, 8
 MAP_DECIMALS = 3  # of what is drawn as a shade of colour
 Units = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -38,6 +40,7 @@ def evaluate(
     adapters: AbstractAdapter | Mapping[str, AbstractAdapter], family: TaskFamily | Episode, *, num_tasks: int | None = None,
     num_draws: int = 100, num_theta: int = 10, seed: int = 0, examples: int = 3, title: str = "Held-out tasks", target: str | None = None,
     feature: str | None = None, notes: tuple[str, ...] = (), histories: Mapping[str, Any] | None = None, task_chunk: int | None = None,
+    compile: bool | str = "auto",
 ) -> Report:
     """Adapts every adapter to the same support sets, and scores its predictive on the same query sets.
 
@@ -48,7 +51,8 @@ def evaluate(
     set to the largest, ambiguous ones first where the family knows its explanations. ``target``, ``feature``: names for axes.
     ``histories``: `History` of each learner, for its loss curve. ``task_chunk``: how many tasks are adapted to and predicted at once,
     which bounds the memory; default all. Under ``torchrun`` each process takes its share of the tasks, and all have the whole report.
-    Draws are taken chunk by chunk, so Monte Carlo error differs with both.
+    Draws are taken chunk by chunk, so Monte Carlo error differs with both. ``compile``: `Compiled` adaptation for the chunks of one
+    size; "auto" does so where the chunks to come take clearly longer than compiling.
 
     Where the family has ``exact_predictive`` every learner's distance to it is scored, and where it has ``explanations`` how many of
     them its draws find in ambiguous tasks: see `bayesmeta.tasks.TaskFamily` and `docs/evaluation.md`.
@@ -66,6 +70,8 @@ def evaluate(
             raise TypeError(f"adapters[{name!r}]: expected a learner, got {_what(adapter)}")
     if task_chunk is not None:
         checked_steps("task_chunk", task_chunk, least=1)
+    if not isinstance(compile, bool):
+        checked_choice("compile", compile, ("auto",))
     episode = held_out_episode(family, num_tasks, seed)
     episode.check()
     if episode.query.y is None:
@@ -78,7 +84,7 @@ def evaluate(
     names = _task_names(family, episode)
     explained, exact_maps = _explanations(family, truth, episode, tasks, units), _exact_maps(family, truth, episode, tasks, names)
     shown = [_shown(episode, task, names[task], explained.get(task, ())) for task in tasks]
-    ask = _Ask(num_draws, num_theta, seed, scale, units, exact_maps)
+    ask = _Ask(num_draws, num_theta, seed, scale, units, exact_maps, compile)
     results = {name: _result(adapter, episode, truth, shown, ask, task_chunk) for name, adapter in named.items()}
     together = [name for name, adapter in named.items() if adapter.model.network is not None and adapter.model.network.is_transductive]
     if together:
@@ -127,6 +133,7 @@ class _Ask(NamedTuple):
     scale: float
     units: Units
     exact_maps: tuple[ProbabilityMap, ...]
+    compile: bool | str
 
 
 def _result(
@@ -136,9 +143,12 @@ def _result(
     group = ranks()
     share, parts = group.share(episode.num_tasks), []
     size, generator = task_chunk or episode.num_tasks, torch.Generator().manual_seed(ask.seed + group.rank)
+    runner = Compiled(adapter) if ask.compile is True else adapter
     for first in range(share.start, share.stop, size):
         here = slice(first, min(first + size, share.stop))
-        parts.append(_part(adapter, episode.select(here), truth.select(here), first, shown, ask, generator))
+        parts.append(_part(adapter, runner, episode.select(here), truth.select(here), first, shown, ask, generator))
+        if ask.compile == "auto" and runner is adapter and (share.stop - first - size) / size * parts[-1].seconds > COMPILING_PAYS:
+            runner = Compiled(adapter)
     whole = joined([part for some in group.gathered(parts) for part in some])
     places = [one.task for one in shown]  # from the smallest support set to the largest
     bands = tuple(sorted(whole.bands, key=lambda band: places.index(band.task)))
@@ -147,14 +157,15 @@ def _result(
 
 
 def _part(
-    adapter: AbstractAdapter, episode: Episode, truth: Truth, first: int, shown: list[Shown], ask: _Ask, generator: torch.Generator
-) -> LearnerResult:
-    """Of the tasks from number ``first`` on."""
+    adapter: AbstractAdapter, runner: AbstractAdapter, episode: Episode, truth: Truth, first: int, shown: list[Shown], ask: _Ask,
+    generator: torch.Generator,
+) -> LearnerResult:  # fmt: skip
+    """Of the tasks from number ``first`` on, adapted by ``runner``: the adapter itself, or compiled."""
     query = adapter.prepared(episode.query, "query")
     model = adapter.model
     before = model.gradient_evaluations
     start = time.perf_counter()
-    posterior = adapter.adapt_over_theta(episode.support, num_theta=ask.num_theta, generator=generator)
+    posterior = runner.adapt_over_theta(episode.support, num_theta=ask.num_theta, generator=generator)
     predictive = posterior.predict(query.x, None if posterior.is_point else ask.num_draws, generator=generator, mask=query.mask)
     seconds = time.perf_counter() - start
     gradients = model.gradient_evaluations - before

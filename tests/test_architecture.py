@@ -45,7 +45,8 @@ MAY_IMPORT = {
     },
     "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
     "evaluation": {
-        "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth", "__version__",
+        "compiled", "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth",
+        "__version__",
     },
     "recipes": {"episodes", "learners", "likelihoods", "model", "networks", "tasks"},
     "comparison": {"evaluation", "learners.base", "recipes", "report", "tasks", "training"},

@@ -108,3 +108,26 @@ def test_a_task_that_diverges_is_told():
     x[1] *= 1e30
     with pytest.warns(RuntimeWarning, match="MAML: the adaptation of 1 of 4 tasks diverged"):
         compiled.adapt(support._replace(x=x))
+
+
+@pytest.mark.parametrize("make", [LEARNERS["MAML"], LEARNERS["ABML"]], ids=["MAML", "ABML"])
+def test_an_evaluation_of_many_chunks(make, monkeypatch):
+    """The same scores and the same count of gradients; "auto" compiles where what is to come is worth it."""
+    graphs = []
+    monkeypatch.setattr("bayesmeta.compiled.inductor", lambda module, inputs: graphs.append(module) or module)
+    learner, data = make(network()), episode((4,) * 12, (3,) * 12)
+    learner.materialise(data)
+
+    def result(mode):
+        return evaluate(learner, data, task_chunk=3, num_draws=10, compile=mode).results[type(learner).__name__]
+
+    found = [result(mode) for mode in (False, "auto", True)]
+    assert len(graphs) == 1
+    monkeypatch.setattr("bayesmeta.evaluation.COMPILING_PAYS", 0.0)
+    found.append(result("auto"))
+    assert len(graphs) == 2
+    for other in found[1:]:
+        assert other.metrics["nll"] == pytest.approx(found[0].metrics["nll"], rel=1e-4)
+        assert other.gradient_evaluations == found[0].gradient_evaluations and other.settings == found[0].settings
+    with pytest.raises(ValueError, match="compile: expected"):
+        result("always")
