@@ -45,18 +45,17 @@ class TaskBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, *)``, normalised."""
-        if self.policy == "task" or self.seen is not None:
-            mean, variance = self._moments(x)
+        here = (-1, *(1,) * (x.dim() - 2))
+        if self.seen is not None or self.policy == "task":
+            mean, variance = self._moments(x, here)
             if self.seen is not None:
                 self.seen.append((mean, variance))
         if self.policy == "running":
             mean, variance = self.running_mean, self.running_var
         scale = (variance + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        shape = (-1, *(1,) * (x.dim() - 2))
-        return x * scale.view(shape) + shift.view(shape)
+        scale = scale if self.weight is None else scale * self.weight
+        out = (x - mean.view(here)) * scale.view(here)
+        return out if self.bias is None else out + self.bias.view(here)
 
     def reset_parameters(self) -> None:
         """γ = 1, β = 0, as `nn.BatchNorm2d` starts."""
@@ -64,16 +63,13 @@ class TaskBatchNorm(nn.Module):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def _moments(self, x: Tensor) -> Moments:
-        """Mean and variance of the real points, each ``(C,)``; 0 and 1 without any."""
+    def _moments(self, x: Tensor, here: tuple[int, ...]) -> Moments:
+        """Mean and variance of the real points, each ``(C,)``; 0 and 1 without any. ``here``: the shape of either beside ``x``."""
         real = self.mask.expand(len(x))
         count = real.sum()
         share = (real / count.clamp(min=1)).to(x)[:, None]
-        inside = tuple(range(2, x.dim()))
-        real = real.view(-1, *(1,) * (x.dim() - 1))
-        mean = (share * _mean(torch.where(real, x, 0.0), inside)).sum(0)
-        centred = torch.where(real, x - mean.view(-1, *(1,) * len(inside)), 0.0)
-        variance = (share * _mean(centred.square(), inside)).sum(0)
+        mean = (share * _each(x)).sum(0)
+        variance = (share * _each((x - mean.view(here)).square())).sum(0)
         return mean, torch.where(count > 0, variance, 1.0)
 
 
@@ -157,5 +153,6 @@ def pooled(of_tasks: Moments, points: Tensor) -> Moments:
     return overall, (share * (variance + (mean - overall).square())).sum(0)
 
 
-def _mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return x.mean(axes) if axes else x
+def _each(x: Tensor) -> Tensor:
+    """The mean within each point and channel, ``(N, C, *)`` to ``(N, C)``."""
+    return x.flatten(2).mean(-1) if x.dim() > 2 else x

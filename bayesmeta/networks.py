@@ -92,10 +92,11 @@ class WeightNetwork(AbstractNetwork):
 
     def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
+        x, mask = _real(x, mask if self.batch_norms.names else None)
         run = vmap(self._one)
         for _ in phi.shape[:-2]:
             run = vmap(run, in_dims=(0, None, None))
-        return run(phi, x, _real(x, mask))
+        return run(phi, x, mask)
 
     def handed(self, phi: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """One task's weights and batch-norm statistics by name, for `torch.func.functional_call`: ``phi (D,)``, ``mask (N,)``."""
@@ -274,15 +275,18 @@ def _embed(features: nn.Module, norms: BatchNorms, x: Tensor, mask: Tensor | Non
     def one(x: Tensor, mask: Tensor) -> Tensor:
         return functional_call(features, norms.handed(mask), (x,))
 
-    mask = _real(x, mask)
+    x, mask = _real(x, mask if norms.names else None)
     e = vmap(one)(x, mask) if norms.policy == "task" else one(x.flatten(0, 1), mask.flatten()).unflatten(0, x.shape[:2])
     if e.shape[-1] != size:
         raise ValueError(f"features put out {e.shape[-1]} numbers a point, expected num_features={size}")
     return e
 
 
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+def _real(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x (T, N, *I)`` with nothing but zeros in its padding, and ``mask``: all real where it is None."""
+    if mask is None:
+        return x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return torch.where(mask.view(*mask.shape, *(1,) * (x.dim() - 2)), x, torch.zeros_like(x)), mask
 
 
 def _fast(module: nn.Module) -> nn.Module:
