@@ -29,7 +29,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import scaled_dot_product_attention, softplus
+from torch.nn.functional import linear, scaled_dot_product_attention, softplus
 
 from ..episodes import Points
 from ..model import HierarchicalModel
@@ -296,13 +296,22 @@ class Factors(AbstractLazyModule):
 
     def forward(self, f: Tensor, encoding: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``f (T, N, F)``, ``encoding (T, H)``, ``mask (T, N)`` to b ``(T, J, D)`` and t ``(T, J, 1)``, J = N · ``ranks``; padding 0."""
-        encoding = self.gate * encoding[:, None].expand(*f.shape[:2], -1)
-        parts = []
+        encoding, parts = self.gate * encoding, []
         for name, features in (("b", self.num_inputs), ("t", self.num_inputs + self.ranks)):  # x; x and y; no products: heavy tails
             own = f[..., :features]
-            each = self.linear[name](own) + self.network[name](torch.cat([own, encoding], -1))
+            each = self.linear[name](own) + self._through(self.network[name], own, encoding)
             parts.append(torch.where(mask[..., None], each, 0.0).unflatten(-1, (self.ranks, -1)).flatten(1, 2))
         return parts[0], parts[1]
+
+    @staticmethod
+    def _through(network: Any, own: Tensor, encoding: Tensor) -> Tensor:
+        """``network`` of both behind each other, ``own (T, N, ·)`` and ``encoding (T, H)``, whose share is taken once a task."""
+        first = network[0]
+        of_point, of_task = first.weight.split([own.shape[-1], encoding.shape[-1]], -1)
+        value = linear(own, of_point) + linear(encoding, of_task, first.bias)[:, None]
+        for layer in network[1:]:
+            value = layer(value)
+        return value
 
 
 class ConditionalFlow(AbstractLazyModule):
