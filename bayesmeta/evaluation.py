@@ -66,7 +66,7 @@ def evaluate(
             raise TypeError(f"adapters[{name!r}]: expected a learner, got {_what(adapter)}")
     if task_chunk is not None:
         checked_steps("task_chunk", task_chunk, least=1)
-    episode = held_out_episode(family, num_tasks, seed)
+    episode = held_out_episode(family, num_tasks, seed).to("cpu")
     episode.check()
     if episode.query.y is None:
         raise ValueError("query.y: expected targets, got None")

@@ -51,7 +51,7 @@ class PointFeatures(AbstractLazyModule):
         self.features = features
         self.size, self.num_inputs, self.num_targets = 0, 0, 0
         self.num_classes, self.is_count, self.exposure = 0, False, False
-        self._network: list[Any] = []  # the model's own, which registers its parameters itself
+        self._embedding: list[HierarchicalModel] = []  # of the model's own network, which registers its parameters itself
         self._anchor: Tensor
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows device and dtype
 
@@ -69,7 +69,7 @@ class PointFeatures(AbstractLazyModule):
             self.is_count = bool(target.support.is_discrete) and not isinstance(target, dist.Categorical | dist.Bernoulli)
             self.exposure = model.network is not None and getattr(getattr(model.program, "likelihood", None), "exposure", False)
             if self.features is None and hasattr(model.network, "embed"):
-                self._network = [model.network]
+                self._embedding = [model]
             self.num_inputs, self.num_targets = self.inputs(row.x).shape[-1], self._targets(row).shape[-1]
             self.size = self.forward(row).shape[-1]
 
@@ -83,7 +83,7 @@ class PointFeatures(AbstractLazyModule):
 
     def inputs(self, x: Tensor) -> Tensor:
         """x flattened, or its features, ``(T, N, ·)``; a log exposure stays by itself."""
-        embed = self._network[0].embed if self._network else self._through_features
+        embed = self._embedding[0].embed if self._embedding else self._through_features
         if self.exposure:
             return torch.cat([_flat(embed(x[..., :-1])), x[..., -1:]], -1).to(self._anchor)
         return _flat(embed(x)).to(self._anchor)
