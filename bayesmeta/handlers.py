@@ -49,7 +49,8 @@ class Site:
 
 def full_precision(device: torch.device) -> Any:
     """Inside, nothing is autocast on ``device``."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    enabled = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def param_value(parameters: Parameters, msg: Any) -> Tensor:
