@@ -140,6 +140,8 @@ class StepCompiler:
         for key, step in (lent or {}).items():
             self.graphs[key] = replace(step, lent=True, unchecked=CHECKS, seconds=deque(maxlen=20))
         self.seen: Counter[Any] = Counter()
+        self._last_masks: list[tuple[Tensor, int]] = []
+        self._last_full: tuple[bool, ...] = ()
         self.eager_seconds: deque[float] = deque(maxlen=20)
         tensors = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
         self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
@@ -157,7 +159,7 @@ class StepCompiler:
         """The step's losses and gradients, all finite; None where the step is eager's to take. ``remaining``: steps to come, with this."""
         if self.why_eager is not None or not self._has_shape(episode):
             return None
-        full = tuple(bool(points.mask.all()) for points in episode)
+        full = self._whole(episode)
         if self.on_gpu:  # only now: whether there is padding was seen without waiting for the GPU
             episode = episode.to(self._state[0].device)
         key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam is not None)
@@ -172,6 +174,14 @@ class StepCompiler:
         if found is None:
             self.generator.set_state(before)
         return found
+
+    def _whole(self, episode: Episode) -> tuple[bool, ...]:
+        """Which sets have no padding; masks that were met in the last step are not looked at again, which would wait for a GPU."""
+        masks = [(points.mask, points.mask._version) for points in episode]
+        same = [a[0] is b[0] and a[1] == b[1] for a, b in zip(masks, self._last_masks, strict=False)]
+        if not (same and all(same)):
+            self._last_masks, self._last_full = masks, tuple(bool(mask.all()) for mask, _ in masks)
+        return self._last_full
 
     def eager_took(self, seconds: float) -> None:
         """Says how long loss and gradient of an eager step took; the first ones of a run, which warm up, are not counted."""

@@ -63,6 +63,8 @@ class Recorded:
         self.why_not = obstacle(module, inputs)
         if self.why_not is None:
             self._record()
+        if self.why_not is not None:
+            log.info("a graph's kernels are launched one by one: %s", self.why_not)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Any]:
         """What the graph gives for ``inputs``."""
@@ -87,7 +89,6 @@ class Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             self.why_not = first_lines(error)
-            log.info("a graph's kernels are launched one by one: %s", self.why_not)
 
 
 def obstacle(module: GraphModule, inputs: Sequence[Tensor]) -> str | None:
