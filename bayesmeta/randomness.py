@@ -58,7 +58,7 @@ class DrawnOnCPU(TorchDispatchMode):
 
         def here(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return torch.empty_like(value, device="cpu") if in_place and value is args[0] else value.cpu()
+                return torch.empty(value.shape, dtype=value.dtype) if in_place and value is args[0] else value.cpu()
             return torch.device("cpu") if isinstance(value, torch.device) else value
 
         drawn = func(*tree_map(here, args), **tree_map(here, kwargs))
