@@ -115,7 +115,7 @@ def move_constants(module: GraphModule) -> None:
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         values[node] = node.target(*args, **kwargs)
-        written = any(str(user.target).split(".")[-2].endswith("_") for user in node.users if user.op == "call_function")
+        written = any(getattr(getattr(user.target, "_schema", None), "is_mutable", False) for user in node.users)
         if node.target == aten._to_copy.default and args[0].device != values[node].device and not written:
             module.register_buffer(f"moved_{i}", values[node], persistent=False)
             with graph.inserting_before(node):

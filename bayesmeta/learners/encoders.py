@@ -178,7 +178,8 @@ class Recurrent(AbstractEncoder):
         place = projections(self.points.values(points), self.orders)
         order = torch.where(points.mask[..., None], place, torch.inf).argsort(dim=1, stable=True)  # padding last
         f = torch.stack([f.gather(1, order[..., k, None].expand_as(f)) for k in range(self.orders)])
-        states = self.network(f.flatten(0, 1))[0].unflatten(0, (self.orders, -1))  # (K, T, N, H)
+        with torch.backends.cudnn.flags(enabled=False):  # whose recurrence a graph cannot hold and has no second derivative
+            states = self.network(f.flatten(0, 1))[0].unflatten(0, (self.orders, -1))  # (K, T, N, H)
         last = (points.counts - 1).clamp(min=0)[:, None, None].expand(self.orders, -1, 1, self.size)
         state = states.gather(2, last)[:, :, 0].mean(0)
         state = torch.where(points.mask.any(1)[:, None], state, self.empty)
