@@ -22,6 +22,14 @@ aten = torch.ops.aten
 Run = Callable[..., Sequence[Any]]
 Backend = Callable[[GraphModule, list[Tensor]], Run]
 MOVES = (aten._to_copy.default, aten.copy_.default)
+WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse while they are recorded
+    getattr(aten, name).default
+    for name in (
+        "_linalg_check_errors", "_local_scalar_dense", "cholesky_solve", "cholesky_inverse", "_linalg_eigh", "linalg_eig", "_linalg_svd",
+        "linalg_lstsq", "linalg_lu_factor_ex", "linalg_lu_solve", "_linalg_solve_ex", "linalg_inv_ex", "linalg_qr", "triangular_solve",
+        "_linalg_slogdet", "_linalg_det", "geqrf", "ormqr",
+    )
+)  # fmt: skip
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -89,15 +97,16 @@ class Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             self.why_not = first_lines(error)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds, so that nothing takes the failed one for going on
+                torch.zeros((), device=self.standing[0].device)
 
 
 def obstacle(module: GraphModule, inputs: Sequence[Tensor]) -> str | None:
     """Why a graph's kernels cannot be recorded: something in it happens on the CPU or waits for the GPU. None where nothing does."""
     if not all(v.is_cuda for v in inputs):
         return "an input is on the CPU"
-    waits = (aten._linalg_check_errors.default, aten._local_scalar_dense.default)
     for node in module.graph.nodes:
-        if _is_random(node) or node.target in waits:
+        if _is_random(node) or node.target in WAITS:
             return f"it has {node.target}"
         places = {value.device.type for n in (node, *node.all_input_nodes) if (value := _value(n, module)) is not None}
         if len(places) > 1 and (node.target in MOVES or any(_value(n, module).dim() for n in node.all_input_nodes if _on_cpu(n, module))):

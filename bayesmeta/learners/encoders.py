@@ -448,12 +448,21 @@ def pseudo_posterior(b: Tensor, t: Tensor, *, mean_field: bool) -> tuple[Tensor,
     The mean field's mean is the same (its precision is C⁻¹'s diagonal), found by the smaller of two systems: D or J equations.
     """
     if mean_field and b.shape[-1] > b.shape[-2]:
-        inverse = torch.cholesky_inverse(cholesky(_one_plus(b @ b.mT)))
+        inverse = _inverse(_one_plus(b @ b.mT))
         mean = (b.mT @ (inverse @ t))[..., 0]
     else:
-        inverse = torch.cholesky_inverse(cholesky(_one_plus(b.mT @ b)))
+        inverse = _inverse(_one_plus(b.mT @ b))
         mean = (inverse @ (b.mT @ t))[..., 0]
     return mean, 1 / (1 + b.square().sum(-2)) if mean_field else inverse
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    factor = cholesky(matrix)
+    if not factor.is_cuda:
+        return torch.cholesky_inverse(factor)
+    # a GPU's cholesky_inverse cannot be recorded; on a CPU this way is slower by half
+    half = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device), upper=False)
+    return half.mT @ half
 
 
 def cholesky(matrix: Tensor) -> Tensor:
