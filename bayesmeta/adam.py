@@ -18,6 +18,7 @@ class AdamStep:
     def __init__(self, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> None:
         self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
+        self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
 
     @classmethod
     def of(cls, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> AdamStep | None:
@@ -33,17 +34,21 @@ class AdamStep:
         return cls(optimiser, parameters, clip) if same and group["eps"] == optimiser.defaults["eps"] else None
 
     def inputs(self) -> list[Tensor]:
-        """The number of this step, the learning rate, and m and v of each parameter, as they stand."""
+        """How many steps were taken, the learning rate, and m and v of each parameter, as they stand; nothing waits for a GPU."""
         state = [self.optimiser.state.get(p) for p in self.parameters]
         like = self.parameters[0]
-        taken = float(state[0]["step"]) if state[0] else 0.0
-        facts = [like.new_tensor(taken + 1.0), like.new_tensor(self.optimiser.param_groups[0]["lr"])]
+        taken = state[0]["step"].to(like) if state[0] else like.new_zeros(())
+        rate = float(self.optimiser.param_groups[0]["lr"])
+        if self._rate is None or self._rate[0] != rate:
+            self._rate = rate, like.new_tensor(rate)
+        facts = [taken, self._rate[1]]
         pairs = list(zip(state, self.parameters, strict=True))
         return facts + [s[name] if s else torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq") for s, p in pairs]
 
     def __call__(self, values: Sequence[Tensor], gradients: Sequence[Tensor], norm: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """θ, m and v after the step, each for all parameters, from θ, its gradient, the gradient's norm and `inputs`."""
-        number, rate, *moments = inputs
+        taken, rate, *moments = inputs
+        number = taken + 1
         (one, two), count = self.betas, len(values)
         if self.clip is not None:  # as torch.nn.utils.clip_grad_norm_ does
             gradients = [g * (self.clip / (norm + 1e-6)).clamp(max=1.0) for g in gradients]

@@ -45,6 +45,7 @@ class TaskBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, *)``, normalised."""
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # moments need more digits
         here = (-1, *(1,) * (x.dim() - 2))
         if self.seen is not None or self.policy == "task":
             mean, variance = self._moments(x, here)

@@ -68,7 +68,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if head != json.dumps({"format": form, "version": version, "sha256": digest, "bytes": len(body)}).encode():
         raise CheckpointError(f"{path}: its first line is damaged; the one before is at {path.name}.previous")
     try:
-        state = torch.load(io.BytesIO(body), weights_only=True)
+        state = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")  # whoever takes a tensor over moves it
     except Exception as error:  # whatever a forged archive brings the safe reader to
         raise CheckpointError(f"{path}: its contents cannot be read safely ({type(error).__name__})") from None
     if not isinstance(state, dict):

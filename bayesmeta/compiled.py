@@ -79,6 +79,7 @@ class Compiled(AbstractAdapter):
         with torch.no_grad(), rng(generator) if step.random else nullcontext():
             noise = () if step.noise is None else step.noise()
             values = step.run(*self._state(), *data, *noise)
+        values = [v.clone() if v.is_cuda else v for v in values]  # on a GPU the next call writes over them
         memo: dict[int, Any] = {id(old): new for old, new in zip(_tensors(step.template), values, strict=True)}
         return copy.deepcopy(step.template, memo)
 
@@ -111,6 +112,7 @@ class Compiled(AbstractAdapter):
         state = torch.empty(0) if generator is None else generator.get_state()
         with torch.no_grad(), rng(None):
             extra = () if noise is None else noise()
+        with torch.no_grad():
             run = self.backend(module, [*inputs, *extra])
         step = _Traced(run, noise, random, template, made[0].diagnostics, evaluations)
         found = self._distribution(step, data, generator)

@@ -4,6 +4,8 @@
     traced     the operations of one eager step written down (`make_fx`) and done again: the same kernels in the same order, the same bits
     compiled   the traced graph through TorchInductor: the same arithmetic, fused; equal to rounding
 
+On a GPU the kernels of either are recorded once and launched by one call (a CUDA graph), and a step waits for the GPU once, at its end.
+
 What the graph takes as inputs is followed: every parameter and buffer of the learner, the episode's tensors, and the step's noise, which is
 drawn outside from the caller's generator in the order in which eager draws it, so that the random stream is eager's own. What Python
 decides while the step is traced is settled for good: a learner's own settings (``kl_weight``) must not change during a run. New shapes
@@ -33,7 +35,7 @@ from torch.nn.utils import stateless
 
 from .adam import AdamStep
 from .episodes import LARGEST_TARGET, Episode, Points
-from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
+from .graphs import SHAPES, Backend, Recorded, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .learners.base import AbstractMetaLearner, checked_choice
 from .randomness import rng
 
@@ -118,7 +120,7 @@ class StepCompiler:
     all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
     where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph. ``lent``: the graphs of a
     learner that is made alike (another member of an ensemble), held to eager once more. ``adam``: a step of the optimiser that the graph
-    may take on.
+    may take on. ``coarsest``: the type of the least exact arithmetic in ``losses``, where that is not the parameters'.
 
     Raises ValueError for another ``mode``.
     """
@@ -126,26 +128,28 @@ class StepCompiler:
     def __init__(
         self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], losses: Losses, total: int, generator: torch.Generator,
         *, mode: bool | str = "auto", backend: Backend | None = None, lent: Graphs | None = None,
-        adam: AdamStep | None = None,
+        adam: AdamStep | None = None, coarsest: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(mode, bool):
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
-        self.mode, self.backend, self.adam = mode, backend or inductor, adam
+        self.mode, self.backend, self.adam, self.coarsest = mode, backend or inductor, adam, coarsest
         self.can_compile, self.traced = True, 0
         self.why_eager = "compile=False" if mode is False else learner.why_eager
         self.graphs: Graphs = OrderedDict()
         for key, step in (lent or {}).items():
             self.graphs[key] = replace(step, lent=True, unchecked=CHECKS, seconds=deque(maxlen=20))
         self.seen: Counter[Any] = Counter()
+        self._last_masks: list[tuple[Tensor, int]] = []
+        self._last_full: tuple[bool, ...] = ()
         self.eager_seconds: deque[float] = deque(maxlen=20)
         tensors = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
         self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
-        elsewhere = {v.device.type for v in self._state} - {"cpu"}
-        if self.why_eager is None and elsewhere:
-            self.why_eager = f"steps are compiled on the CPU alone so far, and the model is on {', '.join(sorted(elsewhere))}"
+        self.on_gpu, places = self._state[0].is_cuda, {str(v.device) for v in self._state}
+        if self.why_eager is None and (len(places) > 1 or not all(v.device.type in ("cpu", "cuda") for v in self._state)):
+            self.why_eager = f"steps are compiled on the CPU or on one GPU, and the model is on {', '.join(sorted(places))}"
         if self.why_eager is not None and mode is not False:
             log.info("%s: %s", type(learner).__name__, self.why_eager)
             if mode is True:
@@ -155,7 +159,9 @@ class StepCompiler:
         """The step's losses and gradients, all finite; None where the step is eager's to take. ``remaining``: steps to come, with this."""
         if self.why_eager is not None or not self._has_shape(episode):
             return None
-        full = tuple(bool(points.mask.all()) for points in episode)
+        full = self._whole(episode)
+        if self.on_gpu:  # only now: whether there is padding was seen without waiting for the GPU
+            episode = episode.to(self._state[0].device)
         key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam is not None)
         self.seen[key] += 1
         before = self.generator.get_state()
@@ -168,6 +174,14 @@ class StepCompiler:
         if found is None:
             self.generator.set_state(before)
         return found
+
+    def _whole(self, episode: Episode) -> tuple[bool, ...]:
+        """Which sets have no padding; masks that were met in the last step are not looked at again, which would wait for a GPU."""
+        masks = [(points.mask, points.mask._version) for points in episode]
+        same = [a[0] is b[0] and a[1] == b[1] for a, b in zip(masks, self._last_masks, strict=False)]
+        if not (same and all(same)):
+            self._last_masks, self._last_full = masks, tuple(bool(mask.all()) for mask, _ in masks)
+        return self._last_full
 
     def eager_took(self, seconds: float) -> None:
         """Says how long loss and gradient of an eager step took; the first ones of a run, which warm up, are not counted."""
@@ -208,7 +222,7 @@ class StepCompiler:
         start, before = time.perf_counter(), self.generator.get_state()
         try:
             with torch.no_grad():
-                step.run = self.backend(step.module, self._inputs(step, episode))
+                step.run = self.backend(step.module, self._example(step, episode))
         except Exception as error:  # whatever a compiler may raise: none installed, an operation it does not know
             self.can_compile = False
             self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {first_lines(error)}")
@@ -232,7 +246,7 @@ class StepCompiler:
             step.seconds.append(time.perf_counter() - start)
             if self.mode == "auto" and step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
                 log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
-                step.run, step.compiled, self.can_compile = step.module, False, False
+                step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
         else:
             step.unchecked -= 1
             self._check(step, found, episode, before)
@@ -265,7 +279,7 @@ class StepCompiler:
         how = "compiled" if step.compiled else "traced"
         if not torch.equal(after, self.generator.get_state()):
             self._give_up(f"the {how} step draws other random numbers than the eager one", quietly=step.lent)
-        elif (far := difference(found, wanted)) > tolerance(found.loss.dtype):
+        elif (far := difference(found, wanted)) > tolerance(self.coarsest or found.loss.dtype):
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
             self._give_up(why, quietly=step.lent)
 
@@ -333,14 +347,24 @@ class StepCompiler:
         evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
         random = is_random(module)
         noise = draw_noise_outside(module)
-        return TracedStep(module, noise, random, reached, evaluations, self.adam is not None and all(reached), module)
+        made = TracedStep(module, noise, random, reached, evaluations, self.adam is not None and all(reached), module)
+        made.run = self._uncompiled(made, episode)
+        return made
+
+    def _uncompiled(self, step: TracedStep, episode: Episode) -> Run:
+        return Recorded(step.module, step.module, self._example(step, episode)) if self.on_gpu else step.module
+
+    def _example(self, step: TracedStep, episode: Episode) -> list[Tensor]:
+        """Inputs to make a run of a graph with; no random stream moves on."""
+        with torch.no_grad(), rng():
+            return self._inputs(step, episode)
 
     # --- the data
 
     def _impossible(self, sets: Sequence[Points]) -> Tensor:
         """How many targets no likelihood gives, ``()``."""
         bad = [v for points in sets if (v := self.learner.model.impossible_targets(points)) is not None]
-        return torch.stack([v.sum() for v in bad]).sum() if bad else torch.zeros(())
+        return torch.stack([v.sum() for v in bad]).sum() if bad else torch.zeros((), device=sets[0].mask.device)
 
     def _has_shape(self, episode: Episode) -> bool:
         """Whether a graph could take it at all; of what is wrong eager gives account."""
@@ -395,6 +419,6 @@ def _tensors(episode: Episode) -> list[Tensor]:
 def _largest(sets: Sequence[Points]) -> Tensor:
     """The largest real number among the inputs and targets, by size; NaN where one is, ``()``."""
     values = [v for points in sets for v in (points.x, points.y) if v is not None and v.is_floating_point() and v.numel()]
-    return torch.stack([v.abs().amax().float() for v in values]).amax() if values else torch.zeros(())
+    return torch.stack([v.abs().amax().float() for v in values]).amax() if values else torch.zeros((), device=sets[0].mask.device)
 
 

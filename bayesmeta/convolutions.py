@@ -5,7 +5,7 @@
 
 All three are linear in both of their arguments and the derivative of each is made of the other two, so they go with any order of
 derivative. `torch.func.vmap` turns such a convolution into a grouped one, which on CPUs takes twice the time of a loop over b, and its
-derivatives more. Here a loop is taken on the CPU, inside one operation, on images whose channels stand last in memory; grouped elsewhere.
+derivatives more. Here a loop is taken, inside one operation. Elsewhere than on CPUs the layer stays torch's.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ class TaskConv2d(nn.Conv2d):
         return own.train(layer.training)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(self.padding, str) or self.groups > 1 or input.dim() < 4:
+        if isinstance(self.padding, str) or self.groups > 1 or input.dim() < 4 or input.device.type != "cpu":
             return super()._conv_forward(input, weight, bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        if torch.is_autocast_enabled("cpu"):
+            input, weight = (v.to(torch.get_autocast_dtype("cpu")) for v in (input, weight))
         y = convolve(input[None], weight[None], [*self.stride, *padding, *self.dilation])[0]
         return y if bias is None else y + bias[:, None, None]
 
@@ -46,9 +48,7 @@ class TaskConv2d(nn.Conv2d):
 @torch.library.custom_op("bayesmeta::convolve", mutates_args=())
 def convolve(x: Tensor, w: Tensor, how: list[int]) -> Tensor:
     """``x (B, N, C, H, W)`` and ``w (B, O, C, h, w)`` to ``(B, N, O, H', W')``. ``how``: stride, padding and dilation, two each."""
-    y = _empty_images(x, (*x.shape[:2], w.shape[1], *_size(x, w, how)))
-    if x.device.type != "cpu":
-        return y.copy_(_ungrouped(_conv(_grouped(x), w.flatten(0, 1), how, len(x)), len(x)))
+    y = x.new_empty((*x.shape[:2], w.shape[1], *_size(x, w, how)))
     if w.stride(0) == 0:  # φ is still the same for all: one convolution of all images
         y.flatten(0, 1).copy_(_plain(x.flatten(0, 1), w[0], how))
         return y
@@ -60,12 +60,9 @@ def convolve(x: Tensor, w: Tensor, how: list[int]) -> Tensor:
 @torch.library.custom_op("bayesmeta::convolve_in_images", mutates_args=())
 def _in_images(g: Tensor, w: Tensor, size: list[int], how: list[int]) -> Tensor:
     """``g (B, N, O, H', W')`` and ``w`` to ``(B, N, C, *size)``."""
-    x = _empty_images(g, (*g.shape[:2], w.shape[2], *size))
-    if g.device.type != "cpu":
-        found = _derivative(_grouped(g), _grouped(x), w.flatten(0, 1), how, len(g), (True, False))
-        return x.copy_(_ungrouped(found, len(g)))
+    x = g.new_empty((*g.shape[:2], w.shape[2], *size))
     for b in range(len(g)):
-        x[b] = _derivative(g[b].contiguous(memory_format=LAST), x[b], w[b].contiguous(memory_format=LAST), how, 1, (True, False))
+        x[b] = _derivative(g[b].contiguous(memory_format=LAST), x[b], w[b].contiguous(memory_format=LAST), how, (True, False))
     return x
 
 
@@ -73,21 +70,19 @@ def _in_images(g: Tensor, w: Tensor, size: list[int], how: list[int]) -> Tensor:
 def _in_weights(g: Tensor, x: Tensor, size: list[int], how: list[int]) -> Tensor:
     """``g (B, N, O, H', W')`` and ``x`` to ``(B, O, C, *size)``."""
     w = x.new_empty(len(g), g.shape[2], x.shape[2], *size)
-    if g.device.type != "cpu":
-        return w.copy_(_derivative(_grouped(g), _grouped(x), w.flatten(0, 1), how, len(g), (False, True)).view_as(w))
     for b in range(len(g)):
         if x.shape[2] <= FEW:
             columns = _patches(x[b], size, how)
             w[b] = (g[b].movedim(1, -1).flatten(0, 2).mT @ columns.flatten(0, 2)).view(g.shape[2], *size, -1).movedim(-1, 1)
         else:
-            w[b] = _derivative(g[b], x[b], w[b], how, 1, (False, True))
+            w[b] = _derivative(g[b], x[b], w[b], how, (False, True))
     return w
 
 
 def _plain(x: Tensor, w: Tensor, how: list[int]) -> Tensor:
     """One convolution, ``(N, C, H, W)`` and ``(O, C, h, w)``."""
     if x.shape[1] > FEW:
-        return _conv(x, w, how, 1)
+        return torch.conv2d(x, w, None, how[:2], how[2:4], how[4:])
     return (_patches(x, list(w.shape[2:]), how) @ w.movedim(1, -1).flatten(1).mT).movedim(-1, 1)
 
 
@@ -100,22 +95,9 @@ def _patches(x: Tensor, size: list[int], how: list[int]) -> Tensor:
     return torch.cat([x[:, row, j * dx : j * dx + sx * (width - 1) + 1 : sx] for row in rows for j in columns], -1)
 
 
-def _conv(x: Tensor, w: Tensor, how: list[int], groups: int) -> Tensor:
-    return torch.conv2d(x, w, None, how[:2], how[2:4], how[4:], groups)
-
-
-def _derivative(g: Tensor, x: Tensor, w: Tensor, how: list[int], groups: int, which: tuple[bool, bool]) -> Tensor:
-    mask = [*which, False]
-    back = torch.ops.aten.convolution_backward(g, x, w, None, how[:2], how[2:4], how[4:], False, [0, 0], groups, mask)
+def _derivative(g: Tensor, x: Tensor, w: Tensor, how: list[int], which: tuple[bool, bool]) -> Tensor:
+    back = torch.ops.aten.convolution_backward(g, x, w, None, how[:2], how[2:4], how[4:], False, [0, 0], 1, [*which, False])
     return back[0] if which[0] else back[1]
-
-
-def _grouped(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def _ungrouped(x: Tensor, sets: int) -> Tensor:
-    return x.unflatten(1, (sets, -1)).transpose(0, 1)
 
 
 def _size(x: Tensor, w: Tensor, how: list[int]) -> tuple[int, int]:
@@ -124,22 +106,17 @@ def _size(x: Tensor, w: Tensor, how: list[int]) -> tuple[int, int]:
     return next(sizes), next(sizes)
 
 
-def _empty_images(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Images whose channels stand last in memory."""
-    return like.new_empty(shape)
-
-
 # --- what torch has to know of them: shapes, derivatives, and what they do under vmap
 
 
 @convolve.register_fake
 def _(x: Tensor, w: Tensor, how: list[int]) -> Tensor:
-    return _empty_images(x, (*x.shape[:2], w.shape[1], *_size(x, w, how)))
+    return x.new_empty((*x.shape[:2], w.shape[1], *_size(x, w, how)))
 
 
 @_in_images.register_fake
 def _(g: Tensor, w: Tensor, size: list[int], how: list[int]) -> Tensor:
-    return _empty_images(g, (*g.shape[:2], w.shape[2], *size))
+    return g.new_empty((*g.shape[:2], w.shape[2], *size))
 
 
 @_in_weights.register_fake

@@ -72,7 +72,7 @@ def evaluate(
         checked_steps("task_chunk", task_chunk, least=1)
     if not isinstance(compile, bool):
         checked_choice("compile", compile, ("auto",))
-    episode = held_out_episode(family, num_tasks, seed)
+    episode = held_out_episode(family, num_tasks, seed).to("cpu")
     episode.check()
     if episode.query.y is None:
         raise ValueError("query.y: expected targets, got None")

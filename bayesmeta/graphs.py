@@ -5,6 +5,7 @@ Pure tools: what a graph is of, and when it is worth the trouble, is for `compil
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,9 +15,21 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
 Run = Callable[..., Sequence[Any]]
 Backend = Callable[[GraphModule, list[Tensor]], Run]
+MOVES = (aten._to_copy.default, aten.copy_.default)
+WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse while they are recorded
+    getattr(aten, name).default
+    for name in (
+        "_linalg_check_errors", "_local_scalar_dense", "cholesky_solve", "cholesky_inverse", "_linalg_eigh", "linalg_eig", "_linalg_svd",
+        "linalg_lstsq", "linalg_lu_factor_ex", "linalg_lu_solve", "_linalg_solve_ex", "linalg_inv_ex", "linalg_qr", "triangular_solve",
+        "_linalg_slogdet", "_linalg_det", "geqrf", "ormqr",
+    )
+)  # fmt: skip
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -27,23 +40,108 @@ def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Gr
         raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
     if any(_has_dynamic_shape(node) for node in module.graph.nodes):
         raise RuntimeError("the shape of an intermediate result hangs on values, and a graph has fixed shapes")
+    if any(v.device.type != "cpu" for v in inputs):
+        move_constants(module)
     return module
 
 
 def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
-    """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do."""
+    """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do. On a GPU it is `Recorded`."""
+    on_gpu = any(v.is_cuda for v in inputs)
+    inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
     module = _with_fast_products(module)
     with warnings.catch_warnings():  # the compiler's remarks on itself
         warnings.simplefilter("ignore")
         run: Any = torch._inductor.compile(module, [*inputs], options={"fallback_random": True})
-        return run
+    return Recorded(run, module, inputs) if on_gpu else run
+
+
+class Recorded:
+    """The run of a graph on a GPU as one launch: its kernels are recorded once, with its inputs copied to where they stood then.
+
+    The next call writes over the results. Where the kernels cannot be recorded (``why_not``) they are launched one by one. ``run``: what
+    does the operations of ``module``.
+    """
+
+    def __init__(self, run: Run, module: GraphModule, inputs: Sequence[Tensor]) -> None:
+        self.run, self.standing = run, [v.clone(memory_format=torch.contiguous_format) for v in inputs]
+        kinds = {(v.dtype, v.device) for v in inputs}
+        self._alike = [[i for i, v in enumerate(inputs) if (v.dtype, v.device) == kind] for kind in kinds]  # are copied in one go
+        self.recording: torch.cuda.CUDAGraph | None = None
+        self.results: Sequence[Any] = ()
+        self.why_not = obstacle(module, inputs)
+        if self.why_not is None:
+            self._record()
+        if self.why_not is not None:
+            log.info("a graph's kernels are launched one by one: %s", self.why_not)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Any]:
+        """What the graph gives for ``inputs``."""
+        for which in self._alike:
+            torch._foreach_copy_([self.standing[i] for i in which], [inputs[i] for i in which])
+        if self.recording is None:
+            return self.run(*self.standing)
+        self.recording.replay()
+        return self.results
+
+    def _record(self) -> None:
+        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(here)
+        with torch.no_grad(), torch.cuda.stream(stream):
+            self.run(*self.standing)  # libraries set themselves up
+        here.wait_stream(stream)
+        recording = torch.cuda.CUDAGraph()
+        try:
+            with torch.no_grad(), torch.cuda.graph(recording, capture_error_mode="thread_local"):
+                self.results = self.run(*self.standing)
+            self.recording = recording
+        except RuntimeError as error:
+            torch.cuda.set_stream(here)
+            self.why_not = first_lines(error)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds, so that nothing takes the failed one for going on
+                torch.zeros((), device=self.standing[0].device)
+
+
+def obstacle(module: GraphModule, inputs: Sequence[Tensor]) -> str | None:
+    """Why a graph's kernels cannot be recorded: something in it happens on the CPU or waits for the GPU. None where nothing does."""
+    if not all(v.is_cuda for v in inputs):
+        return "an input is on the CPU"
+    for node in module.graph.nodes:
+        if _is_random(node) or node.target in WAITS:
+            return f"it has {node.target}"
+        places = {value.device.type for n in (node, *node.all_input_nodes) if (value := _value(n, module)) is not None}
+        if len(places) > 1 and (node.target in MOVES or any(_value(n, module).dim() for n in node.all_input_nodes if _on_cpu(n, module))):
+            return f"{node.target} moves a tensor"
+    return None
+
+
+def move_constants(module: GraphModule) -> None:
+    """What a graph makes of nothing on the CPU and then moves becomes a constant of its own, moved once."""
+    graph, values = module.graph, dict[Node, Any]()
+    for i, node in enumerate(list(graph.nodes)):
+        if node.op == "get_attr":
+            values[node] = getattr(module, str(node.target))
+        if node.op != "call_function" or _is_random(node) or not all(n in values for n in node.all_input_nodes):
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+        values[node] = node.target(*args, **kwargs)
+        written = any(getattr(getattr(user.target, "_schema", None), "is_mutable", False) for user in node.users)
+        if node.target == aten._to_copy.default and args[0].device != values[node].device and not written:
+            module.register_buffer(f"moved_{i}", values[node], persistent=False)
+            with graph.inserting_before(node):
+                constant = graph.get_attr(f"moved_{i}")
+            constant.meta, values[constant] = dict(node.meta), values[node]
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
 
 
 def draw_noise_outside(module: GraphModule) -> GraphModule | None:
     """Takes the random operations out of a graph and makes their results further inputs, in order; returns what draws them, or None.
 
     Only those whose arguments hang on no input, and only up to the first of which that is not so (a draw from a Gamma): the order in
-    which numbers are taken from the stream stays eager's.
+    which numbers are taken from the stream stays eager's. Noise that is drawn on the CPU and moved (`bayesmeta.randomness`) comes in moved.
     """
     graph, drawn, free = module.graph, Graph(), set[Node]()
     outside: dict[Node, Node] = {}
@@ -56,6 +154,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
             if node not in free or any(len(n.users) > 1 for n in node.all_input_nodes):
                 break
             found.append(node)
+    drawn_by, found = found, [_moved(node, free) for node in found]
     if not found:
         return None
     needed, todo = set[Node](), list(found)
@@ -75,6 +174,8 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
         last.meta = dict(node.meta)
         node.replace_all_uses_with(last)
         graph.erase_node(node)
+        if node is not drawn_by[i]:
+            graph.erase_node(drawn_by[i])
     graph.eliminate_dead_code()
     module.recompile()
     return GraphModule(module, drawn)
@@ -93,7 +194,7 @@ def _with_fast_products(module: GraphModule) -> GraphModule:
     """A copy of the graph with oneDNN's products in place of large ones on the CPU; the graph itself where there are none."""
     aten, product = torch.ops.aten, torch.ops.bayesmeta.product.default
     products = [node for node in module.graph.nodes if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs]
-    large = {node for node in products if _is_large(*map(_value, node.args[-2:]))}
+    large = {node for node in products if _is_large(*map(_known, node.args[-2:]))}
     if not large or not torch.backends.mkldnn.is_available():
         return module
     graph, copied = Graph(), dict[Node, Node]()
@@ -141,6 +242,23 @@ def first_lines(error: Exception) -> str:
     return " ".join(text.split())[:300]
 
 
+def _moved(node: Node, free: set[Node]) -> Node:
+    """What moves the noise that ``node`` draws and all else takes it from; ``node`` where nothing does."""
+    user = next(iter(node.users)) if len(node.users) == 1 else node
+    alone = user in free and user.target in MOVES and all(len(n.users) == 1 for n in user.all_input_nodes)
+    return user if alone and user.args[user.target == aten.copy_.default] is node else node
+
+
+def _value(node: Node, module: GraphModule) -> Any:
+    value = getattr(module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def _on_cpu(node: Node, module: GraphModule) -> bool:
+    value = _value(node, module)
+    return value is not None and value.device.type == "cpu"
+
+
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
@@ -154,9 +272,9 @@ def _has_dynamic_shape(node: Node) -> bool:
 
 
 def _dtype(node: Any) -> torch.dtype | None:
-    return getattr(_value(node), "dtype", None)
+    return getattr(_known(node), "dtype", None)
 
 
-def _value(node: Any) -> Any:
+def _known(node: Any) -> Any:
     """A tensor of the shape and type of the node's result, or what is known of it."""
     return node.meta.get("val", node.meta.get("tensor_meta"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +45,12 @@ class Site:
     def size(self) -> int:
         """How many unconstrained reals it takes."""
         return self.shape.numel()
+
+
+def full_precision(device: torch.device) -> Any:
+    """Inside, nothing is autocast on ``device``."""
+    enabled = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def param_value(parameters: Parameters, msg: Any) -> Tensor:
@@ -150,6 +157,10 @@ class Run(Messenger):
         msg["value"] = param_value(self.parameters, msg)
 
     def _pyro_sample(self, msg: Any) -> None:
+        with full_precision(self.points.mask.device):
+            self._fill(msg)
+
+    def _fill(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
             return

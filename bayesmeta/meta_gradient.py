@@ -29,18 +29,21 @@ class MetaGradient:
     memory at once; None takes all. ``adam``: an optimiser's step for the graph to take, where all tasks are taken at once by one process.
     ``bad_tasks``: "raise" or "skip", where a task's loss or gradient is not finite; ``skipped`` counts
     them. ``ranks``: among which processes tasks are shared out; each draws noise of its own, seeded by ``noise_seed``, the step and its
-    number.
+    number. ``autocast``: as for `bayesmeta.meta_train`.
     """
 
     def __init__(
         self, learner: AbstractMetaLearner, parameters: Sequence[nn.Parameter], total: int, generator: torch.Generator, *,
         compile: bool | str = "auto", lent: Graphs | None = None, task_chunk: int | None = None, bad_tasks: str = "raise",
         ranks: Ranks = Ranks(), noise_seed: int = 0, adam: AdamStep | None = None,  # noqa: B008 - a tuple
+        autocast: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.learner, self.parameters, self.total, self.generator = learner, list(parameters), total, generator
         self.task_chunk, self.bad_tasks, self.ranks, self.noise_seed = task_chunk, bad_tasks, ranks, noise_seed
-        adam = None if task_chunk or ranks.size > 1 else adam
-        self.compiler = StepCompiler(learner, parameters, self.losses, total, generator, mode=compile, lent=lent, adam=adam)
+        adam, self.autocast = None if task_chunk or ranks.size > 1 else adam, autocast
+        self.compiler = StepCompiler(
+            learner, parameters, self.losses, total, generator, mode=compile, lent=lent, adam=adam, coarsest=autocast
+        )  # fmt: skip
         self.skipped = 0
 
     def __call__(self, episode: Episode, step: int, remaining: int) -> Gradients:
@@ -70,7 +73,7 @@ class MetaGradient:
     def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The tasks' losses ``(T,)`` and θ's own, under one draw of θ where it is variational."""
         model = self.learner.model
-        with model.theta_at(model.draw_theta(self.generator)):
+        with model.in_precision(self.autocast), model.theta_at(model.draw_theta(self.generator)):
             return self.learner.meta_loss(episode, generator=self.generator), self.learner.global_loss()
 
     def _of(self, episode: Episode, where: str, number: int, remaining: int) -> tuple[Gradients, int]:
@@ -107,6 +110,8 @@ class MetaGradient:
             bad = self._bad_gradients(episode, before)
             if bool(bad.any()):
                 episode, found = self._without(bad, episode, before)
+        if found.loss.is_cuda:
+            torch.cuda.synchronize(found.loss.device)
         self.compiler.eager_took(time.perf_counter() - start)
         return found
 

@@ -58,6 +58,7 @@ class HierarchicalModel(nn.Module):
         self._row: Points | None = None  # made-up data: what statements without data are run on
         self._theta_now: Tensor | None = None
         self._data_ready = False
+        self._precision: torch.dtype | None = None
         self._target_support: Any = None
         self._num_classes: int | None = None
         self._start: tuple[int, float] | None = None  # another starting point, asked for before the program was read
@@ -98,7 +99,7 @@ class HierarchicalModel(nn.Module):
     def forward(self, data: Points | Episode) -> Any:
         """Runs the program, for `SVI`, `NUTS`, `Predictive` and autoguides; an Episode is observed as S ∪ Q."""
         points = self.prepare(data)
-        with own_parameters(self.program), Program(self._parameter, points):
+        with own_parameters(self.program, self.device), Program(self._parameter, points):
             if isinstance(self.program, nn.Module) and not isinstance(self.program, PyroModule):
                 for name, parameter in self.program.named_parameters():  # a PyroModule announces its own
                     announce(name, parameter)
@@ -115,6 +116,31 @@ class HierarchicalModel(nn.Module):
         self.materialise(points)
         points = points.to(device=self._anchor.device, dtype=self._anchor.dtype)
         return points if full else points.filled()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where data go."""
+        return self._anchor.device
+
+    @contextmanager
+    def in_precision(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Inside, matrix products and convolutions of the program and of embeddings run in ``dtype`` (see `lowered`); None: as ever."""
+        before, self._precision = self._precision, dtype
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    def lowered(self) -> contextlib.AbstractContextManager[Any]:
+        """What a network is run under: `torch.autocast` to the dtype of `in_precision`, if any. Log densities are taken outside of it."""
+        if self._precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._precision, cache_enabled=False)  # a cached cast would not show in a graph
+
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The embedding that the model's network has, of ``x``, in the precision that is asked for. Raises AttributeError without one."""
+        with self.lowered():
+            return self.network.embed(x, mask).to(self._anchor.dtype)  # type: ignore[union-attr, operator]
 
     @contextmanager
     def data_ready(self) -> Iterator[None]:
@@ -243,7 +269,7 @@ class HierarchicalModel(nn.Module):
     def _survey(self, points: Points) -> Survey:
         survey = Survey(self._parameter, self._anchor)
         try:
-            with torch.no_grad(), poutine.block(), own_parameters(self.program), survey:
+            with torch.no_grad(), poutine.block(), own_parameters(self.program, self.device), survey:
                 self.program(points)
         except ModelError:
             raise
@@ -657,7 +683,8 @@ class HierarchicalModel(nn.Module):
         run = Run(self._parameter, points, self._plates, self.sites, phi, self._theta_sites, theta, sites_only=sites_only)
         # No validation inside: a task whose φ has diverged gives NaN of its own, not an exception for all. Data are checked before.
         unvalidated = pyro.validation_enabled(False)
-        with contextlib.suppress(AllSitesSeen), poutine.block(), own_parameters(self.program), unvalidated, run:
+        own = own_parameters(self.program, self.device)
+        with contextlib.suppress(AllSitesSeen), poutine.block(), own, unvalidated, run, self.lowered():
             self.program(points)
         return run
 
@@ -766,15 +793,16 @@ def _fixed_support(fn: Any) -> Any:
 
 
 @contextmanager
-def own_parameters(program: Any) -> Iterator[None]:
-    """Inside, PyroModules in ``program`` announce their parameters and keep them out of Pyro's store.
+def own_parameters(program: Any, device: torch.device) -> Iterator[None]:
+    """Inside, PyroModules in ``program`` announce their parameters and keep them out of Pyro's store; new tensors are made on ``device``.
 
     Their contexts count as entered: entering one itself would swap the contents of the store, and a guide's parameters there would
     lose what Pyro's optimisers find them by.
     """
     modules = program.modules() if isinstance(program, nn.Module) else ()
     contexts = {id(c): c for c in (module.__dict__.get("_pyro_context") for module in modules) if c is not None}.values()
-    with pyro.settings.context(module_local_params=bool(contexts)):
+    here = contextlib.nullcontext() if device.type == "cpu" else device  # Normal(0.0, 1.0) has tensors too
+    with pyro.settings.context(module_local_params=bool(contexts)), here:
         for context in contexts:
             context.active += 1
             context.used = True

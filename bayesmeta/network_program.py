@@ -29,7 +29,8 @@ class NetworkProgram(nn.Module):
         mean, scale = self._theta()
         with pyro.plate("tasks", points.num_tasks):
             phi = pyro.sample("phi", dist.Normal(mean, scale).to_event(1))
-            output = self.network(phi, x, points.mask) if self.network.batch_norms is not None else self.network(phi, x)
+            masked = (points.mask,) if self.network.batch_norms is not None else ()
+            output = self.network(phi, x, *masked).to(phi.dtype)  # where its arithmetic is autocast, the likelihood's is not
             y_given_output = self.likelihood(output) if log_exposure is None else self.likelihood(output, log_exposure)
             pyro.sample("y", y_given_output.mask(points.mask).to_event(1), obs=y)
 

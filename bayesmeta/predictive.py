@@ -199,7 +199,9 @@ class Predictive:
         y = torch.as_tensor(y)
         scalar = len(self.event_shape) == 0
         y = y[..., 0] if scalar and y.dim() == 3 and y.shape[-1] == 1 else y
-        return y if isinstance(self._base, dist.Categorical) else y.to(self._base.mean.dtype)
+        if isinstance(self._base, dist.Categorical):
+            return y.to(self._base.probs.device)
+        return y.to(self._base.mean)
 
 
 def cdf(fn: Any, y: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def meta_train(
     bad_tasks: str = "raise", task_chunk: int | None = None, checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500, resume: bool = False,
     device: str | torch.device | None = None, progress: bool | None = None, compile: bool | str = "auto",
+    autocast: torch.dtype | None = None,
 ) -> History:
     """Minimises mean over tasks of ``meta_loss`` + ``global_loss()`` / number of training tasks, over ``trained_parameters()``.
 
@@ -99,6 +100,10 @@ def meta_train(
     takes (10–40 s), so that short runs never wait; True does so at once, False never. A compiled step equals the eager one to rounding,
     not to the bit: only compile=False gives the same bits whatever the load. What cannot be compiled is trained eagerly, with a
     RuntimeWarning that says why.
+
+    ``device``: where the model goes, "cuda" say; data follow it. Noise is drawn on the CPU from ``generator`` and moved, so that a seed
+    gives the same run on every device, to rounding. ``autocast=torch.bfloat16``: matrix products and convolutions of the program and of
+    embeddings run in bfloat16 (`torch.autocast`) while it trains; θ, gradients, log densities, encoders and linear algebra stay float32.
 
     Under ``torchrun`` each process takes its share of a step's tasks (`bayesmeta.distributed`): gradients are added up, the first process's
     start, data and validation count for all, and it alone writes. Where a process is lost the others end with an error.
@@ -137,6 +142,7 @@ class _Options:
     device: str | torch.device | None
     progress: bool | None
     compile: bool | str
+    autocast: torch.dtype | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
@@ -149,6 +155,10 @@ class _Options:
             value = getattr(self, name)
             if value is not None:
                 checked_steps(name, value, least=1)
+        if self.autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast: expected None or torch.bfloat16 (float16 would need its loss scaled, which is not done), got {self.autocast!r}"
+            )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip: expected a number above 0, got {self.clip}")
         if self.optimizer is not None and isinstance(self.optimizer, torch.optim.Optimizer):
@@ -172,13 +182,15 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     parameters = learner.trained_parameters()
     if not parameters:
         raise ValueError(f"{type(learner).__name__}: nothing to train, no parameter of this model is reached by its objective")
+    if o.autocast is not None and any(p.dtype != torch.float32 for p in parameters):
+        raise ValueError(f"autocast: expected a model in float32, got {', '.join(sorted({str(p.dtype) for p in parameters}))}")
     total = _number_of_tasks(learner, total, o.num_tasks)
     optimiser = _stepping("optimizer", (o.optimizer or _adam)(parameters), "torch.optim.Adam or SGD")
     scheduler = _stepping("schedule", o.schedule(optimiser), "one of the step's number, as CosineAnnealingLR") if o.schedule else None
     gradient = MetaGradient(
         learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=shared,
         task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator),
-        adam=AdamStep.of(optimiser, parameters, o.clip),
+        adam=AdamStep.of(optimiser, parameters, o.clip), autocast=o.autocast,
     )  # fmt: skip
     run = _Run(learner, parameters, optimiser, scheduler, o.generator, gradient, group)
     if o.resume and o.checkpoint is not None and os.path.exists(o.checkpoint):

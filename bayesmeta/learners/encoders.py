@@ -51,7 +51,7 @@ class PointFeatures(AbstractLazyModule):
         self.features = features
         self.size, self.num_inputs, self.num_targets = 0, 0, 0
         self.num_classes, self.is_count, self.exposure = 0, False, False
-        self._network: list[Any] = []  # the model's own, which registers its parameters itself
+        self._embedding: list[HierarchicalModel] = []  # of the model's own network, which registers its parameters itself
         self._anchor: Tensor
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # knows device and dtype
 
@@ -69,7 +69,7 @@ class PointFeatures(AbstractLazyModule):
             self.is_count = bool(target.support.is_discrete) and not isinstance(target, dist.Categorical | dist.Bernoulli)
             self.exposure = model.network is not None and getattr(getattr(model.program, "likelihood", None), "exposure", False)
             if self.features is None and hasattr(model.network, "embed"):
-                self._network = [model.network]
+                self._embedding = [model]
             self.num_inputs, self.num_targets = self.inputs(row.x).shape[-1], self._targets(row).shape[-1]
             self.size = self.forward(row).shape[-1]
 
@@ -83,7 +83,7 @@ class PointFeatures(AbstractLazyModule):
 
     def inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x flattened, or its features, ``(T, N, ·)``; a log exposure stays by itself."""
-        embed = self._network[0].embed if self._network else self._through_features
+        embed = self._embedding[0].embed if self._embedding else self._through_features
         if self.exposure:
             return torch.cat([_flat(embed(x[..., :-1], mask)), x[..., -1:]], -1).to(self._anchor)
         return _flat(embed(x, mask)).to(self._anchor)
@@ -178,7 +178,8 @@ class Recurrent(AbstractEncoder):
         place = projections(self.points.values(points), self.orders)
         order = torch.where(points.mask[..., None], place, torch.inf).argsort(dim=1, stable=True)  # padding last
         f = torch.stack([f.gather(1, order[..., k, None].expand_as(f)) for k in range(self.orders)])
-        states = self.network(f.flatten(0, 1))[0].unflatten(0, (self.orders, -1))  # (K, T, N, H)
+        with torch.backends.cudnn.flags(enabled=False):  # whose recurrence a graph cannot hold and has no second derivative
+            states = self.network(f.flatten(0, 1))[0].unflatten(0, (self.orders, -1))  # (K, T, N, H)
         last = (points.counts - 1).clamp(min=0)[:, None, None].expand(self.orders, -1, 1, self.size)
         state = states.gather(2, last)[:, :, 0].mean(0)
         state = torch.where(points.mask.any(1)[:, None], state, self.empty)
@@ -456,12 +457,21 @@ def pseudo_posterior(b: Tensor, t: Tensor, *, mean_field: bool) -> tuple[Tensor,
     The mean field's mean is the same (its precision is C⁻¹'s diagonal), found by the smaller of two systems: D or J equations.
     """
     if mean_field and b.shape[-1] > b.shape[-2]:
-        inverse = torch.cholesky_inverse(cholesky(_one_plus(b @ b.mT)))
+        inverse = _inverse(_one_plus(b @ b.mT))
         mean = (b.mT @ (inverse @ t))[..., 0]
     else:
-        inverse = torch.cholesky_inverse(cholesky(_one_plus(b.mT @ b)))
+        inverse = _inverse(_one_plus(b.mT @ b))
         mean = (inverse @ (b.mT @ t))[..., 0]
     return mean, 1 / (1 + b.square().sum(-2)) if mean_field else inverse
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    factor = cholesky(matrix)
+    if not factor.is_cuda:
+        return torch.cholesky_inverse(factor)
+    # a GPU's cholesky_inverse cannot be recorded; on a CPU this way is slower by half
+    half = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device), upper=False)
+    return half.mT @ half
 
 
 def cholesky(matrix: Tensor) -> Tensor:

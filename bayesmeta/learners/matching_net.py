@@ -78,10 +78,8 @@ class MatchingNet(AbstractMetaLearner):
 
     def _rule(self, support: Points, x: Tensor, mask: Tensor | None = None) -> Classes:
         """p(y | x, S_i) at ``x (T, N, *I)``, batch ``(1, T, N)``."""
-        network = self.model.network
-        assert isinstance(network, HeadNetwork | PrototypeNetwork)
         members = class_members(support, self._num_classes, "MatchingNet")
-        scores = self._similarity(network.embed(x, mask), network.embed(support.x, support.mask)) / self._tau()
+        scores = self._similarity(self.model.embed(x, mask), self.model.embed(support.x, support.mask)) / self._tau()
         # in logs, so that a class far away has a small probability and not 0; `Classes` divides by their sum
         return Classes(logits=torch.where(members[:, None], scores[..., None], -torch.inf).logsumexp(-2)[None])
 

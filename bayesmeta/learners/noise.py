@@ -24,7 +24,8 @@ def standard_noise(size: tuple[int, int, int], kind: str, *, like: Tensor) -> Te
     if kind == "whitened" and draws > dim:
         noise = noise - noise.mean(0)
         covariance = torch.einsum("sbd,sbe->bde", noise, noise) / draws
-        factor = torch.linalg.cholesky(covariance)
+        factor, failed = torch.linalg.cholesky_ex(covariance)  # whether it failed is not looked at, which would wait for a GPU
+        factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)
         return torch.linalg.solve_triangular(factor, noise.permute(1, 2, 0), upper=False).permute(2, 0, 1)
     half = noise[: math.ceil(draws / 2)]
     half = torch.where(half == 0, torch.finfo(half.dtype).eps, half)  # float32 noise is exactly 0 once in ten million: no scale to scale by

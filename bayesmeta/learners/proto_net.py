@@ -55,6 +55,6 @@ class ProtoNet(AbstractMetaLearner):
         network = self.model.network
         assert isinstance(network, PrototypeNetwork)
         members = class_members(support, network.num_classes, "ProtoNet", check=not self.model.takes_data_as_ready)
-        embedded = network.embed(support.x, support.mask)
+        embedded = self.model.embed(support.x, support.mask)
         share = members.to(embedded) / members.sum(1, keepdim=True)
         return (share.mT @ embedded).flatten(1)

@@ -39,7 +39,7 @@ def posterior(theta: dict[str, Tensor], centre: Tensor, spread: Tensor, x: Tenso
         + _mlp(theta, f"factors.network.{name}", torch.cat([v, gated], -1))
         for name, v in (("b", own[..., :1]), ("t", own))
     )
-    precision = b.mT @ b + torch.eye(2)
+    precision = b.mT @ b + torch.eye(2, device=b.device)
     u = torch.cholesky_solve(b.mT @ t, torch.linalg.cholesky(precision))[..., 0]
     r = softplus(_mlp(theta, "head.network", e) + UNIT)
     return centre + spread * u, spread * (FLOOR + (1 - FLOOR) * r.square() / (1 + b.square().sum(-2))).sqrt()

@@ -24,8 +24,12 @@ Loss = Callable[..., Array]  # (θ, *the task's noise, x, y, qx, qy) -> ()
 LOG_2PI = math.log(2 * math.pi)
 
 
-def jitted(w: Workload) -> Contender:
-    theta = {n: jnp.asarray(v.detach().numpy()) for n, v in loops.start_of(w).items()}
+def jitted(w: Workload) -> Contender | None:
+    """None where JAX does not have the workload's device."""
+    if jax.default_backend() != ("cpu" if w.device == "cpu" else "gpu"):
+        return None
+    jax.config.update("jax_default_matmul_precision", "float32")  # on a GPU it would be TensorFloat-32
+    theta = {n: jnp.asarray(v.detach().cpu().numpy()) for n, v in loops.start_of(w).items()}
     data, loss = _data(w), _loss(w)
 
     @partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -65,7 +69,7 @@ def _loss(w: Workload) -> Callable[[Theta, tuple[Array, ...], list[Array]], Arra
 
 def _data(w: Workload) -> list[Array]:
     (x, y, _), (qx, qy, _) = workloads.episode(w)
-    return [jnp.asarray(v.numpy()) for v in (x, y, qx, qy)]
+    return [jnp.asarray(v.cpu().numpy()) for v in (x, y, qx, qy)]
 
 
 def _noise(w: Workload, key: Array) -> tuple[Array, ...]:

@@ -66,7 +66,7 @@ def _contender(parameters: Parameters, gradient: Callable[..., tuple[Tensor, Par
 
 def problem(w: Workload, gradient: Gradient) -> tuple[Parameters, Loss, Iterator[tuple[Tensor, ...]]]:
     """The parameters where they start, a task's loss, and for each step its noise and data, every tensor with tasks in front."""
-    start = {name: value.detach().clone() for name, value in start_of(w).items()}
+    start = {name: value.detach().clone().to(w.device) for name, value in start_of(w).items()}
     loss = {"bmaml": bmaml, "abml": abml}.get(w.kind, maml)
     if w.kind == "elbo":
         return _leaves(start), amortised.task_loss, with_noise(w)
@@ -101,7 +101,7 @@ def with_noise(w: Workload) -> Iterator[tuple[Tensor, ...]]:
     (x, y, _), (qx, qy, _) = workloads.episode(w)
     generator = torch.Generator().manual_seed(0)
     while True:
-        yield (*noise_of(w, generator), x, y, qx, qy)
+        yield (*(noise.to(w.device) for noise in noise_of(w, generator)), x, y, qx, qy)
 
 
 def _leaves(values: Parameters) -> Parameters:

@@ -20,8 +20,8 @@ def svi(w: Workload) -> Contender | None:
     """
     if w.kind != "elbo":
         return None
-    first = {n: jnp.asarray(v.detach().numpy()) for n, v in loops.start_of(w).items()}
-    (x, y, _), (qx, qy, _) = workloads.episode(w)
+    first = {n: jnp.asarray(v.detach().cpu().numpy()) for n, v in loops.start_of(w).items()}
+    (x, y, _), (qx, qy, _) = workloads.episode(w).to("cpu")
     data = jnp.concatenate([x.numpy()[..., 0], qx.numpy()[..., 0]], 1), jnp.concatenate([y.numpy(), qy.numpy()], 1)
 
     def parameters(names: list[str]) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from .workloads import Contender, Workload
 def learner(w: Workload) -> bm.learners.AbstractMetaLearner:
     """The workload's learner, its parameters made."""
     torch.manual_seed(0)
-    made = _learner(w)
+    made = _learner(w).to(w.device)
     made.materialise(workloads.episode(w))
     return made
 
@@ -50,12 +50,17 @@ def compiled(w: Workload) -> Contender:
     return _contender(w, True)
 
 
-def _contender(w: Workload, mode: bool) -> Contender:
+def bfloat16(w: Workload) -> Contender | None:
+    """Compiled, convolutions in bfloat16; None for a workload without any."""
+    return _contender(w, True, torch.bfloat16) if w.kind == "omniglot" else None
+
+
+def _contender(w: Workload, mode: bool, autocast: torch.dtype | None = None) -> Contender:
     made, episode, generator = learner(w), workloads.episode(w), torch.Generator().manual_seed(0)
     parameters = made.trained_parameters()
     optimiser = torch.optim.Adam(parameters, workloads.ADAM, fused=True)
     adam = AdamStep.of(optimiser, parameters, None)
-    gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam)
+    gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam, autocast=autocast)
     run = _Run(made, parameters, optimiser, None, generator, gradient, Ranks())
 
     def step() -> float:
