@@ -47,7 +47,9 @@ class ImageSet:
     source: str = "images"
 
 
-def of_arrays(images: Any, labels: Any, *, groups: Mapping[Any, str] | None = None, sources: Any = None, source: str = "images") -> ImageSet:
+def of_arrays(
+    images: Any, labels: Any, *, groups: Mapping[Any, str] | None = None, sources: Any = None, source: str = "images"
+) -> ImageSet:
     """From ``images (M, H, W)`` or ``(M, C, H, W)``, uint8, bool or floats in [0, 1], and ``labels (M,)``, integers or names.
 
     ``groups``: the group of each class. ``sources (M,)``: integers. Raises ValueError or TypeError where they are anything else.
@@ -73,7 +75,8 @@ def read_dataset(dataset: Any, *, source: str = "dataset") -> ImageSet:
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(f"{source}: expected len(dataset) and dataset[i] -> (image, label), got {type(dataset).__name__}")
-    pixels, labels = [], []
+    pixels: list[np.ndarray] = []
+    labels: list[int | str] = []
     for i in range(len(dataset)):
         item = dataset[i]
         if not (isinstance(item, tuple | list) and len(item) == 2):
