@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -139,9 +140,10 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected an npz file, got {_what_is(path)}")
     try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        with path.open("rb") as stream:  # which numpy leaves open where it finds something else
+            arrays = np.load(stream)
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected an npz file of arrays: {error}") from error
 
 
