@@ -159,7 +159,8 @@ def _parts_of_zip(file: Path) -> list[str]:
 
 
 def _stamp(file: Path) -> float:
-    return file.stat().st_mtime
+    """When a file, or anything in a folder, was last changed."""
+    return max(path.stat().st_mtime for path in (file, *file.rglob("*"))) if file.is_dir() else file.stat().st_mtime
 
 
 @lru_cache(maxsize=2)

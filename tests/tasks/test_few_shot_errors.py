@@ -146,7 +146,7 @@ def test_folders(folder):
     (folder / "cow").mkdir()
     with pytest.raises(ValueError, match=re.escape(f"{folder / 'cow'}: class 'cow' is empty: expected images (")):
         reading(folder)
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / 'none'}: expected a folder with one folder of images for each class")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / 'none'}: expected a folder with one folder of images for")):
         reading(folder / "none")
     with pytest.raises(ValueError, match="a folder without folders"):
         reading(folder / "cow")
