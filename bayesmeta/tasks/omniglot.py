@@ -248,7 +248,7 @@ def _split_of(drawings: _Drawings, splits: Splits | str | os.PathLike[str], seed
     data = drawings.data
     if isinstance(splits, Mapping):
         return by_names(splits, data.names, data.groups)
-    if isinstance(splits, tuple):
+    if isinstance(splits, tuple | list):
         return by_fractions(len(data.names), checked_fractions(splits), seed)
     if splits == "lake":
         return torch.tensor([{PARTS[0]: 0, PARTS[1]: 2}.get(part, NONE) for part in drawings.parts])
