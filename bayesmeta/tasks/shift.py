@@ -113,12 +113,17 @@ def rotated(images: Tensor, degrees: Tensor) -> Tensor:
 
 def blurred(images: Tensor, sd: float) -> Tensor:
     """``images (M, C, H, W)`` under a Gaussian of ``sd`` pixels, cut off at 3 sd; the border is repeated outwards."""
+    down, across = (_blur_matrix(size, sd).to(images) for size in images.shape[-2:])
+    return down @ images @ across.T
+
+
+def _blur_matrix(size: int, sd: float) -> Tensor:
+    """Weights ``(size, size)`` of the old pixels of a line in each new one; at these sizes faster than a convolution."""
     reach = max(1, math.ceil(3 * sd))
-    weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).to(images) / sd) ** 2)
-    weight = weight / weight.sum()
-    x = torch.nn.functional.pad(images.flatten(0, 1)[:, None], [reach] * 4, mode="replicate")
-    x = torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, weight[None, None, :, None]), weight[None, None, None])
-    return x.view(images.shape)
+    offset = torch.arange(-reach, reach + 1)
+    weight = torch.exp(-0.5 * (offset.double() / sd) ** 2)
+    old = (torch.arange(size)[:, None] + offset).clamp(0, size - 1)
+    return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, old, (weight / weight.sum()).expand(size, -1))
 
 
 def _shifted_points(points: Points, kind: Shift, severity: float) -> Points:
