@@ -54,7 +54,7 @@ class Glyphs(AbstractFewShot):
     test on was there to train on. ``seed`` draws the images too.
 
     Groups are scripts: ``within_groups=True`` makes tasks within one. Sources are the typefaces, indices into `TYPEFACES`. Options as in
-    `AbstractFewShot`. Print is easier to tell apart than handwriting: results here do not stand for those on Omniglot.
+    `AbstractFewShot`. Meant to be easier than Omniglot (by how little: docs/tasks.md): results here do not stand for those there.
     """
 
     def __init__(
