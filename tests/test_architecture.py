@@ -56,6 +56,7 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "ground": {"torch", "pyro", "numpy", "scipy", "arviz"},  # arviz: inside to_arviz alone, an optional extra
     "metrics": {"torch", "scipy", "numpy", "pyro"},
+    "tasks": {"torch", "numpy", "scipy", "matplotlib", "PIL"},  # matplotlib: its fonts alone
     "plots": {"numpy", "matplotlib", "torch", "scipy"},
     "report": {"numpy", "matplotlib", "torch"},
 }

@@ -2,10 +2,29 @@
 
 from bayesmeta.tasks.base import TaskFamily
 from bayesmeta.tasks.circles import Circles
+from bayesmeta.tasks.few_shot import AbstractFewShot, Detection, FewShot
 from bayesmeta.tasks.gaussian_process import GaussianProcess
+from bayesmeta.tasks.glyphs import Glyphs
 from bayesmeta.tasks.linear_gaussian import LinearGaussian
+from bayesmeta.tasks.omniglot import Omniglot
 from bayesmeta.tasks.panel import Panel
+from bayesmeta.tasks.shift import Shifted, shifted
 from bayesmeta.tasks.sine_or_line import SineOrLine
 from bayesmeta.tasks.sinusoid import Sinusoid
 
-__all__ = ["Circles", "GaussianProcess", "LinearGaussian", "Panel", "SineOrLine", "Sinusoid", "TaskFamily"]
+__all__ = [
+    "AbstractFewShot",
+    "Circles",
+    "Detection",
+    "FewShot",
+    "GaussianProcess",
+    "Glyphs",
+    "LinearGaussian",
+    "Omniglot",
+    "Panel",
+    "Shifted",
+    "SineOrLine",
+    "Sinusoid",
+    "TaskFamily",
+    "shifted",
+]

@@ -17,9 +17,8 @@ from torch import Tensor
 from bayesmeta.episodes import Episode, Points
 from bayesmeta.randomness import rng
 from bayesmeta.tasks.base import check_request, check_size, choose_tasks
+from bayesmeta.tasks.splits import SPLITS, by_fractions, checked_fractions, index_of
 from bayesmeta.tasks.tables import Rows, did_you_mean, read_csv, read_frame, rows_of_arrays, rows_of_table
-
-SPLITS = ("train", "val", "test")
 
 
 @final
@@ -110,8 +109,7 @@ class Panel:
             raise ValueError(f"num_support: expected a fraction in [0, 1) or a whole number of rows, got {num_support}")
         if min_query < 1 or (max_query is not None and max_query < min_query):
             raise ValueError(f"expected 1 <= min_query <= max_query, got min_query={min_query}, max_query={max_query}")
-        if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions: expected three numbers >= 0 that sum to 1, got {fractions}")
+        checked_fractions(fractions)
         if target_type not in ("float", "int"):
             raise ValueError(f"target_type: expected 'float' or 'int', got {target_type!r}")
         self.source, self.group_label = rows.source, rows.group_label
@@ -126,7 +124,7 @@ class Panel:
                 f"{rows.where(row)}, column {rows.target_name!r}: expected a whole number, got {rows.y[row]}"
             )
         self._names, x, y, self._counts, self._num_missing, self._left_out = _padded(rows, complete)
-        self._split_of = _assign_splits(len(self._counts), fractions, seed)
+        self._split_of = by_fractions(len(self._counts), fractions, seed)
         training = _mask(self._counts, x.shape[1]) & (self._split_of == 0)[:, None]
         if not isinstance(standardize, bool):
             raise TypeError(f"standardize: expected True or False, got {standardize!r} (counts and classes are never scaled)")
@@ -293,9 +291,7 @@ class Panel:
 
         Raises ValueError where there is no such split, where it has no groups, or where this is a split already.
         """
-        name = "val" if name == "validation" else name
-        if name not in SPLITS:
-            raise ValueError(f"split: expected one of {SPLITS} (or 'validation'), got {name!r}")
+        name = SPLITS[index_of(name)]
         if self.part is not None:
             raise ValueError(f"split: this panel is the {self.part!r} split already")
         index = (self._split_of == SPLITS.index(name)).nonzero()[:, 0]
@@ -428,16 +424,6 @@ def _padded(rows: Rows, complete: np.ndarray) -> tuple[list[str], Tensor, Tensor
         torch.from_numpy(missing[left]),
         dropped,
     )
-
-
-def _assign_splits(num_groups: int, fractions: tuple[float, float, float], seed: int) -> Tensor:
-    """The split of each group, an index into `SPLITS`, ``(G,)``; sizes to within one group of the fractions."""
-    order = torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed))
-    first, second = round(fractions[0] * num_groups), round((fractions[0] + fractions[1]) * num_groups)
-    split = torch.zeros(num_groups, dtype=torch.long)
-    split[order[first:]] = 1
-    split[order[second:]] = 2
-    return split
 
 
 def _standardizer(values: Tensor, which: list[bool]) -> Standardizer:

@@ -4,7 +4,26 @@ import numpy as np
 import pytest
 import torch
 
-from bayesmeta.tasks import Circles, GaussianProcess, LinearGaussian, Panel, SineOrLine, Sinusoid, TaskFamily
+from bayesmeta.tasks import (
+    Circles,
+    FewShot,
+    GaussianProcess,
+    Glyphs,
+    LinearGaussian,
+    Panel,
+    Shifted,
+    SineOrLine,
+    Sinusoid,
+    TaskFamily,
+)
+
+
+def images(**options):
+    """Twelve classes of random images, of which every task takes three."""
+    pictures = torch.randint(256, (240, 5, 5), dtype=torch.uint8, generator=seeded(7))
+    return FewShot(pictures, torch.arange(12).repeat_interleave(20), ways=3, **options)
+
+
 
 FAMILIES = {
     "linear_gaussian": lambda: LinearGaussian(weight_mean=torch.zeros(3), weight_cov=torch.eye(3), noise=0.5),
@@ -25,6 +44,12 @@ FAMILIES = {
     "radon": Panel.radon,
     "radon_ragged": lambda: Panel.radon(num_support=(0, 6), standardize=True),
     "radon_train": lambda: Panel.radon(num_support=0.5).split("train"),
+    "images": images,
+    "images_ragged": lambda: images(shots=(0, 4), test_shots=(1, 5)),
+    "images_fixed": lambda: images(num_tasks=9),
+    "images_train": lambda: images(shots=(1, 3)).split("train"),
+    "images_shifted": lambda: Shifted(images(shots=(0, 4), num_tasks=9), "noise", severity=0.3, on="both"),
+    "glyphs": lambda: Glyphs(shots=(1, 5)),
 }
 
 
@@ -51,7 +76,7 @@ def test_is_a_family_and_its_episodes_are_usable(family):
     episode.check()
     assert episode.num_tasks == 12
     for points in episode:
-        assert points.x.dim() == 3 and points.y.shape == points.mask.shape
+        assert points.x.dim() in (3, 5) and points.y.shape == points.mask.shape
         assert not points.x[~points.mask].any() and not points.y[~points.mask].any()
     assert (episode.query.counts >= 1).all()
 
@@ -97,7 +122,7 @@ def test_the_optional_attributes(family):
 FINITE = ["bmaml", "pacoh", "radon", "radon_ragged", "radon_train"]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("radon", "gaussian_process"))])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("radon", "gaussian_process", "images", "glyphs"))])
 def test_true_curves_are_those_of_sample(name):
     family = FAMILIES[name]()
     num_tasks = family.num_tasks or 50
