@@ -188,6 +188,7 @@ _library.define("product(Tensor a, Tensor b) -> Tensor")
 _library.impl("product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], ""), "CPU")
 _library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications
+LEAST = 32  # rows or columns: a long and narrow product gains nothing
 
 
 def _with_fast_products(module: GraphModule) -> GraphModule:
@@ -212,7 +213,8 @@ def _with_fast_products(module: GraphModule) -> GraphModule:
 def _is_large(a: Any, b: Any) -> bool:
     if a is None or b is None or a.dtype != torch.float32 or getattr(a, "device", torch.device("cpu")).type != "cpu":
         return False
-    return a.shape[0] * a.shape[1] * b.shape[1] >= (LARGE if a.stride()[-1] == 1 else LARGE_TRANSPOSED)
+    sizes = (*a.shape, b.shape[1])
+    return min(sizes) >= LEAST and math.prod(sizes) >= (LARGE if a.stride()[-1] == 1 else LARGE_TRANSPOSED)
 
 
 def is_random(module: GraphModule) -> bool:
