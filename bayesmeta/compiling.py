@@ -36,6 +36,7 @@ from .episodes import LARGEST_TARGET, Episode, Points
 from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .learners.base import AbstractMetaLearner, checked_choice
 from .randomness import rng
+from .sweep import Place, Placed, Result, Sweep, sweep
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything bette
 TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
 # What compiling was measured to take where the compiler has nothing on disk: 21 s at 1,800 operations, 29 s at 2,900, 48 s at 3,300
 COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 3.0, 0.012
+SWEPT_STEPS = 10  # inner ones, from which on a step is swept
 CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" takes the trouble
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
 
@@ -89,8 +91,8 @@ class TracedStep:
     ``seconds``: of the last steps.
     """
 
-    module: GraphModule
-    noise: GraphModule | None
+    module: GraphModule | Sweep
+    noise: Callable[[], Sequence[Tensor]] | None
     random: bool
     reached: list[bool]
     evaluations: float
@@ -105,7 +107,7 @@ class TracedStep:
     @property
     def size(self) -> int:
         """How many operations the graph has."""
-        return len(self.module.graph.nodes)
+        return self.module.size if isinstance(self.module, Sweep) else len(self.module.graph.nodes)
 
 
 Graphs = OrderedDict[Any, TracedStep]
@@ -132,7 +134,7 @@ class StepCompiler:
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
         self.mode, self.backend, self.adam = mode, backend or inductor, adam
-        self.can_compile, self.traced = True, 0
+        self.can_compile, self.sweeps, self.traced = True, True, 0
         self.why_eager = "compile=False" if mode is False else learner.why_eager
         self.graphs: Graphs = OrderedDict()
         for key, step in (lent or {}).items():
@@ -207,8 +209,9 @@ class StepCompiler:
     def _compile(self, step: TracedStep, episode: Episode) -> None:
         start, before = time.perf_counter(), self.generator.get_state()
         try:
-            with torch.no_grad():
-                step.run = self.backend(step.module, self._inputs(step, episode))
+            with torch.no_grad(), rng():
+                inputs, module = self._inputs(step, episode), step.module
+                step.run = module.compiled(self.backend, inputs) if isinstance(module, Sweep) else self.backend(module, inputs)
         except Exception as error:  # whatever a compiler may raise: none installed, an operation it does not know
             self.can_compile = False
             self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {first_lines(error)}")
@@ -298,42 +301,70 @@ class StepCompiler:
 
     def _traced(self, episode: Episode, full: tuple[bool, ...]) -> TracedStep:
         """Traces one step on ``episode``. Raises what tracing raises; the generator is then as it was, or further."""
-        model = self.learner.model
-        reached: list[bool] = []
+        model, before = self.learner.model, self.generator.get_state()
+        fixed, extra = [*self._state, *_tensors(episode)], self.adam.inputs() if self.adam else []
+        start, reached = model.gradient_evaluations, list[bool]()
 
-        def losses(ready: Episode) -> tuple[Tensor, Tensor]:
-            with model.data_ready():
-                return self.losses(ready)
-
-        def step(*inputs: Tensor) -> list[Tensor]:
-            state, data, extra = inputs[: len(self._state)], inputs[len(self._state) :][:6], inputs[len(self._state) + 6 :]
+        def place(inputs: Sequence[Tensor]) -> Placed:
+            state, data, sets = inputs[: len(self._state)], inputs[len(self._state) :], list[Points]()
             values = [v.detach().requires_grad_() if t else v for v, t in zip(state, self._trained, strict=True)]
             named = dict(zip(self._names, values, strict=True))
             by_id = {id(p): named[n] for n, p in self.learner.named_parameters()}
-            trained = [by_id[id(p)] for p in self.parameters]
-            sets = []
             for (x, y, mask), whole in zip((data[:3], data[3:]), full, strict=True):
                 # prepared once, in the graph: the program's runs then take the data as they are
                 sets.append(model.prepare(Points(x, y, torch.ones_like(mask) if whole else mask), full=whole))
-            with stateless._reparametrize_module(self.learner, named, tie_weights=True):
-                found = gradients_of(losses, trained, self.total, Episode(*sets))
-            reached[:] = [g is not None for g in found.gradients]
-            gradients = [g for g in found.gradients if g is not None]
-            norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-            facts = [found.loss, _largest(sets), self._impossible(sets).to(found.loss), norm]
+
+            def losses() -> tuple[Tensor, Tensor]:
+                with stateless._reparametrize_module(self.learner, named, tie_weights=True), model.data_ready():
+                    return self.losses(Episode(*sets))
+
+            return Placed([by_id[id(p)] for p in self.parameters], losses, sets)
+
+        def result(
+            placed: Placed, extra: Sequence[Tensor], losses: Tensor, loss: Tensor, gradients: Sequence[Tensor | None]
+        ) -> list[Tensor]:
+            reached[:] = [g is not None for g in gradients]
+            there = [g for g in gradients if g is not None]
+            norm = torch.stack([g.square().sum() for g in there]).sum().sqrt()
+            facts = [loss, _largest(placed.sets), self._impossible(placed.sets).to(loss), norm]
             new: list[Tensor] = []
             if self.adam is not None and all(reached):
-                new = self.adam([p.detach() for p in trained], gradients, norm, extra)
-                facts += [torch.stack([p.abs().amax() for p in new[: len(trained)] if p.numel()]).amax()]
-            return [found.losses, found.loss, torch.stack([fact.to(found.loss) for fact in facts]), *gradients, *new]
+                new = self.adam([p.detach() for p in placed.trained], there, norm, extra)
+                facts += [torch.stack([p.abs().amax() for p in new[: len(there)] if p.numel()]).amax()]
+            return [losses, loss, torch.stack([fact.to(loss) for fact in facts]), *there, *new]
 
-        before, evaluations = self.generator.get_state(), model.gradient_evaluations
-        module = trace(step, [*self._state, *_tensors(episode), *(self.adam.inputs() if self.adam else ())])
+        def step(*inputs: Tensor) -> list[Tensor]:
+            placed = place(inputs[: len(fixed)])
+            found = gradients_of(lambda _: placed.losses(), placed.trained, self.total, episode)
+            return result(placed, inputs[len(fixed) :], found.losses, found.loss, found.gradients)
+
+        module = self._swept(place, result, fixed, extra)
+        noise: Callable[[], Sequence[Tensor]] | None
+        if module is None:
+            module = trace(step, [*fixed, *extra])
+            evaluations, random = model.gradient_evaluations - start, is_random(module)
+            noise = draw_noise_outside(module)
+        else:
+            evaluations, random, noise = module.evaluations, any(module.draws), module.noise
         self.generator.set_state(before)
-        evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
-        random = is_random(module)
-        noise = draw_noise_outside(module)
+        model.gradient_evaluations = start
         return TracedStep(module, noise, random, reached, evaluations, self.adam is not None and all(reached), module)
+
+    def _swept(self, place: Place, result: Result, fixed: Sequence[Tensor], extra: Sequence[Tensor]) -> Sweep | None:
+        """The step as a `Sweep`; None where a single graph serves better, or where it is none."""
+        model, before = self.learner.model, (self.generator.get_state(), self.learner.model.gradient_evaluations)
+        if not self.sweeps:
+            return None
+        try:
+            found = sweep(
+                place, result, fixed, extra, total=self.total, least=SWEPT_STEPS, evaluations=lambda: model.gradient_evaluations
+            )  # fmt: skip
+        except Exception as error:  # whatever a learner may raise whose loss is run in parts; it is traced whole next
+            log.debug("%s: no sweep: %s", type(self.learner).__name__, error)
+            found = None
+        self.generator.set_state(before[0])
+        model.gradient_evaluations = before[1]
+        return found
 
     # --- the data
 

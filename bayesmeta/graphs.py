@@ -38,11 +38,11 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
         return run
 
 
-def draw_noise_outside(module: GraphModule) -> GraphModule | None:
+def draw_noise_outside(module: GraphModule, *, given: int = 0) -> GraphModule | None:
     """Takes the random operations out of a graph and makes their results further inputs, in order; returns what draws them, or None.
 
     Only those whose arguments hang on no input, and only up to the first of which that is not so (a draw from a Gamma): the order in
-    which numbers are taken from the stream stays eager's.
+    which numbers are taken from the stream stays eager's. The first ``given`` of them somebody else draws.
     """
     graph, drawn, free = module.graph, Graph(), set[Node]()
     outside: dict[Node, Node] = {}
@@ -57,7 +57,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
             found.append(node)
     if not found:
         return None
-    needed, todo = set[Node](), list(found)
+    needed, todo = set[Node](), found[given:]
     while todo:
         node = todo.pop()
         if node not in needed:
@@ -66,7 +66,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
     for node in graph.nodes:
         if node in needed:
             outside[node] = drawn.node_copy(node, lambda n: outside[n])
-    drawn.output(tuple(outside[node] for node in found))
+    drawn.output(tuple(outside[node] for node in found[given:]))
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for i, node in enumerate(found):
         with graph.inserting_after(last):
@@ -76,7 +76,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
-    return GraphModule(module, drawn)
+    return GraphModule(module, drawn) if found[given:] else None
 
 
 def is_random(module: GraphModule) -> bool:
