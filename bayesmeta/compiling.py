@@ -48,7 +48,7 @@ WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything bette
 TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
 # What compiling was measured to take where the compiler has nothing on disk: 21 s at 1,800 operations, 29 s at 2,900, 48 s at 3,300
 COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 3.0, 0.012
-SWEPT_STEPS = 10  # inner ones, from which on a step is swept
+SWEPT_OPERATIONS = 2_000  # so many more a single graph must have than a sweep
 CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" takes the trouble
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
 
@@ -190,8 +190,7 @@ class StepCompiler:
                 return None
             start = time.perf_counter()
             step = self.graphs[key] = self._traced(episode, full)
-            self._check_disturbed(step, disturbed(episode, full))
-            if self.why_eager is not None:
+            if not self._agrees_disturbed(step, disturbed(episode, full)):
                 return None
             log.info(
                 "%s: traced a step of %d tasks in %.1f s, %d operations",
@@ -238,12 +237,10 @@ class StepCompiler:
                 step.run, step.compiled, self.can_compile = step.module, False, False
         else:
             step.unchecked -= 1
-            self._check(step, found, episode, before)
-            if step.lent and self.why_eager is not None:  # the learners are not alike after all: this one needs a graph of its own
-                self.why_eager = None
+            if not self._agrees(step, found, episode, before):
                 return None
         self.learner.model.gradient_evaluations += step.evaluations
-        return found if self.why_eager is None else None
+        return found
 
     def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
         """None where the data are not fine, or what came out is not finite."""
@@ -259,36 +256,45 @@ class StepCompiler:
 
     # --- held to eager
 
-    def _check(self, step: TracedStep, found: Gradients, episode: Episode, before: Tensor) -> None:
-        """Holds ``found`` to eager; gives up where they differ."""
+    def _agrees(self, step: TracedStep, found: Gradients, episode: Episode, before: Tensor) -> bool:
+        """Whether ``found`` is eager's; if not, another graph is tried next where there is one to try, else this gives up."""
         after, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
         self.generator.set_state(before)
         wanted = gradients_of(self.losses, self.parameters, self.total, episode)
         self.learner.model.gradient_evaluations = evaluations
         how = "compiled" if step.compiled else "traced"
         if not torch.equal(after, self.generator.get_state()):
-            self._give_up(f"the {how} step draws other random numbers than the eager one", quietly=step.lent)
+            why = f"the {how} step draws other random numbers than the eager one"
         elif (far := difference(found, wanted)) > tolerance(found.loss.dtype):
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
-            self._give_up(why, quietly=step.lent)
+        else:
+            return True
+        if step.lent:  # the learners are not alike after all: this one needs a graph of its own
+            self.graphs.clear()
+        elif isinstance(step.module, Sweep):  # its pieces do not make up the step: it needs a single graph
+            log.info("%s: no sweep over inner steps: %s", type(self.learner).__name__, why)
+            self.graphs.clear()
+            self.sweeps = False
+        else:
+            self._give_up(why)
+        return False
 
-    def _check_disturbed(self, step: TracedStep, episode: Episode) -> None:
+    def _agrees_disturbed(self, step: TracedStep, episode: Episode) -> bool:
         before, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
         try:
             fine = math.isfinite(gradients_of(self.losses, self.parameters, self.total, episode).loss.item())
         except ValueError:  # no data for this learner: a class without a point, say
             fine = False
         found = self._run(step, episode, before) if fine else None
-        if found is not None:
-            self._check(step, found, episode, before)
+        agrees = found is None or self._agrees(step, found, episode, before)
         self.generator.set_state(before)
         self.learner.model.gradient_evaluations = evaluations
+        return agrees
 
-    def _give_up(self, why: str, *, quietly: bool = False) -> None:
+    def _give_up(self, why: str) -> None:
         self.why_eager = why
         self.graphs.clear()
-        if not quietly:
-            self._warn(f"training goes on step by step through Python, with the same results: {why}")
+        self._warn(f"training goes on step by step through Python, with the same results: {why}")
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"{type(self.learner).__name__}: compile={self.mode!r}: {what}", RuntimeWarning, stacklevel=2)
@@ -338,33 +344,35 @@ class StepCompiler:
             found = gradients_of(lambda _: placed.losses(), placed.trained, self.total, episode)
             return result(placed, inputs[len(fixed) :], found.losses, found.loss, found.gradients)
 
-        module = self._swept(place, result, fixed, extra)
+        graph: GraphModule | Sweep
         noise: Callable[[], Sequence[Tensor]] | None
-        if module is None:
-            module = trace(step, [*fixed, *extra])
-            evaluations, random = model.gradient_evaluations - start, is_random(module)
-            noise = draw_noise_outside(module)
+        swept = self._swept(place, result, fixed, extra)
+        if swept is not None:
+            graph, noise, random, evaluations = swept, swept.noise, any(swept.draws), swept.evaluations
         else:
-            evaluations, random, noise = module.evaluations, any(module.draws), module.noise
+            graph = trace(step, [*fixed, *extra])
+            random, evaluations = is_random(graph), model.gradient_evaluations - start
+            noise = draw_noise_outside(graph)
         self.generator.set_state(before)
         model.gradient_evaluations = start
-        return TracedStep(module, noise, random, reached, evaluations, self.adam is not None and all(reached), module)
+        return TracedStep(graph, noise, random, reached, evaluations, self.adam is not None and all(reached), graph)
 
     def _swept(self, place: Place, result: Result, fixed: Sequence[Tensor], extra: Sequence[Tensor]) -> Sweep | None:
-        """The step as a `Sweep`; None where a single graph serves better, or where it is none."""
-        model, before = self.learner.model, (self.generator.get_state(), self.learner.model.gradient_evaluations)
+        """The step as a `Sweep`; None where it has no inner loop, or one of so few operations that a single graph serves better."""
         if not self.sweeps:
             return None
+        model, before = self.learner.model, self.generator.get_state()
+        evaluations = model.gradient_evaluations
         try:
-            found = sweep(
-                place, result, fixed, extra, total=self.total, least=SWEPT_STEPS, evaluations=lambda: model.gradient_evaluations
+            return sweep(
+                place, result, fixed, extra, total=self.total, spares=SWEPT_OPERATIONS, evaluations=lambda: model.gradient_evaluations
             )  # fmt: skip
-        except Exception as error:  # whatever a learner may raise whose loss is run in parts; it is traced whole next
-            log.debug("%s: no sweep: %s", type(self.learner).__name__, error)
-            found = None
-        self.generator.set_state(before[0])
-        model.gradient_evaluations = before[1]
-        return found
+        except Exception as error:  # whatever a learner may raise whose loss is run in pieces; it is traced whole next
+            log.debug("%s: one graph, no sweep: %s", type(self.learner).__name__, first_lines(error))
+            return None
+        finally:
+            self.generator.set_state(before)
+            model.gradient_evaluations = evaluations
 
     # --- the data
 

@@ -25,6 +25,8 @@ from .graphs import Backend, Run, draw_noise_outside, is_random, trace
 from .inner_loop import NotOneLoop, after, before, once
 from .randomness import rng
 
+SMALL = 30  # operations with inputs: so few are not worth a compiler's time, a second a graph
+
 
 class Placed(NamedTuple):
     """A step at its inputs: the ``trained`` tensors among them, what gives the tasks' losses ``(T,)`` and θ's own ``()``, the data."""
@@ -63,17 +65,13 @@ class Sweep:
         """How many operations the graphs have."""
         return sum(len(graph.graph.nodes) for graph in self.graphs.values())
 
-    @property
-    def unrolled(self) -> int:
-        """About how many operations a single graph would have."""
-        return self.size + (self.inner_steps - 1) * len(self.graphs["back"].graph.nodes)
-
     def noise(self) -> list[Tensor]:
         """All that a step draws, from torch's global stream."""
         start, step, finish = self.draws
         return [value for draw in (start, *[step] * self.inner_steps, finish) if draw is not None for value in draw()]
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The step's outputs."""
         fixed, extra, noise = inputs[: self.fixed], inputs[self.fixed :][: self.extra], inputs[self.fixed + self.extra :]
         first, each = self.counts
         common, drawn = noise[:first], [noise[first + k * each :][:each] for k in range(self.inner_steps)]
@@ -100,29 +98,30 @@ class Sweep:
         return self.runs["end"](*fixed, losses, loss, *slopes, *(gradients[i] for i in sorted(gradients)), *extra, *common)
 
     def compiled(self, backend: Backend, inputs: Sequence[Tensor]) -> Sweep:
-        """The same with every graph through ``backend``, for inputs like these."""
+        """The same with every graph of more than a few operations through ``backend``, for inputs like these."""
         seen: dict[str, list[Tensor]] = {}
 
         def noting(name: str) -> Run:
             return lambda *values: (seen.setdefault(name, list(values)), self.graphs[name](*values))[1]
 
         replace(self, runs={name: noting(name) for name in self.graphs})(*inputs)
-        return replace(self, runs={name: backend(graph, seen[name]) for name, graph in self.graphs.items()})
+        large = {name: graph for name, graph in self.graphs.items() if len(graph.graph.nodes) > SMALL}
+        return replace(self, runs={**self.graphs, **{name: backend(graph, seen[name]) for name, graph in large.items()}})
 
 
 def sweep(
-    place: Place, result: Result, fixed: Sequence[Tensor], extra: Sequence[Tensor], *, total: int, least: int,
+    place: Place, result: Result, fixed: Sequence[Tensor], extra: Sequence[Tensor], *, total: int, spares: int,
     evaluations: Callable[[], float],
-) -> Sweep:  # fmt: skip
+) -> Sweep | None:  # fmt: skip
     """Traces a step on its inputs ``fixed`` (θ and data) and ``extra``; the loss is the mean over tasks + θ's own / ``total``.
 
     ``place`` makes the step of ``fixed``; ``result(placed, extra, losses, loss, gradients)`` gives its outputs, where None is the gradient
     of what is not reached.
-    ``evaluations`` counts gradients in φ. Raises NotOneLoop where the losses do not have exactly one loop of ``least`` steps or more, or
-    draw noise that hangs on values; and what tracing raises.
+    ``evaluations`` counts gradients in φ. None where a single graph would not have ``spares`` operations more. Raises NotOneLoop where the
+    losses have no loop or several, or draw noise that hangs on values; and what tracing raises.
     """
     with rng():  # what is drawn for examples is no part of any stream
-        return _Tracer(place, result, list(fixed), list(extra), total, evaluations).sweep(least)
+        return _Tracer(place, result, list(fixed), list(extra), total, evaluations).sweep(spares)
 
 
 class _Tracer:
@@ -137,15 +136,15 @@ class _Tracer:
         self.common: list[Tensor] = []  # noise drawn before the loop
         self.reached: dict[str, list[int]] = {}
 
-    def sweep(self, least: int) -> Sweep:
+    def sweep(self, spares: int) -> Sweep | None:
         values, self.common = self.traced(self.start)
-        if self.inner_steps < least:
-            raise NotOneLoop(f"its inner loop has {self.inner_steps} steps")
         sizes = [values.pop()] if self.own_sizes else []
         size = [every[0] for every in sizes]
         self.count = len(values)
         _, each = self.traced(self.step, *values, *size)
         back, again = self.traced(self.back, *values, *size, *values)
+        if (self.inner_steps - 1) * max(len(self.graphs[name].graph.nodes) for name in ("step", "back")) < spares:
+            return None
         (losses, loss, *finish), _ = self.traced(self.finish, *values)
         parts = dict(zip(self.reached["back"], back[self.count + len(size) :], strict=True))
         parts |= dict(zip(self.reached["finish"], finish[self.count :], strict=True))
