@@ -3,6 +3,7 @@
     eager      Python, Pyro and autograd at every step
     traced     the operations of one eager step written down (`make_fx`) and done again: the same kernels in the same order, the same bits
     compiled   the traced graph through TorchInductor: the same arithmetic, fused; equal to rounding
+    swept      where one graph of all inner steps would be large: a graph of one of them, run K times and back by hand (`sweep`)
 
 What the graph takes as inputs is followed: every parameter and buffer of the learner, the episode's tensors, and the step's noise, which is
 drawn outside from the caller's generator in the order in which eager draws it, so that the random stream is eager's own. What Python
@@ -48,7 +49,7 @@ WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything bette
 TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
 # What compiling was measured to take where the compiler has nothing on disk: 21 s at 1,800 operations, 29 s at 2,900, 48 s at 3,300
 COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 3.0, 0.012
-SWEPT_OPERATIONS = 2_000  # so many more a single graph must have than a sweep
+SWEPT_OPERATIONS = 2_000  # so many more than a sweep's a single graph must have; with fewer it compiles as soon, and calls less
 CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" takes the trouble
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
 
@@ -193,8 +194,9 @@ class StepCompiler:
             if not self._agrees_disturbed(step, disturbed(episode, full)):
                 return None
             log.info(
-                "%s: traced a step of %d tasks in %.1f s, %d operations",
+                "%s: traced a step of %d tasks in %.1f s, %d operations%s",
                 type(self.learner).__name__, episode.num_tasks, time.perf_counter() - start, step.size,
+                f", swept over {step.module.inner_steps} inner steps" if isinstance(step.module, Sweep) else "",
             )  # fmt: skip
             if len(self.graphs) > SHAPES:
                 self.graphs.popitem(last=False)

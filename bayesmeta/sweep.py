@@ -25,8 +25,6 @@ from .graphs import Backend, Run, draw_noise_outside, is_random, trace
 from .inner_loop import NotOneLoop, after, before, once
 from .randomness import rng
 
-SMALL = 30  # operations with inputs: so few are not worth a compiler's time, a second a graph
-
 
 class Placed(NamedTuple):
     """A step at its inputs: the ``trained`` tensors among them, what gives the tasks' losses ``(T,)`` and θ's own ``()``, the data."""
@@ -98,15 +96,14 @@ class Sweep:
         return self.runs["end"](*fixed, losses, loss, *slopes, *(gradients[i] for i in sorted(gradients)), *extra, *common)
 
     def compiled(self, backend: Backend, inputs: Sequence[Tensor]) -> Sweep:
-        """The same with every graph of more than a few operations through ``backend``, for inputs like these."""
+        """The same with every graph through ``backend``, for inputs like these."""
         seen: dict[str, list[Tensor]] = {}
 
         def noting(name: str) -> Run:
             return lambda *values: (seen.setdefault(name, list(values)), self.graphs[name](*values))[1]
 
         replace(self, runs={name: noting(name) for name in self.graphs})(*inputs)
-        large = {name: graph for name, graph in self.graphs.items() if len(graph.graph.nodes) > SMALL}
-        return replace(self, runs={**self.graphs, **{name: backend(graph, seen[name]) for name, graph in large.items()}})
+        return replace(self, runs={name: backend(graph, seen[name]) for name, graph in self.graphs.items()})
 
 
 def sweep(
@@ -116,9 +113,8 @@ def sweep(
     """Traces a step on its inputs ``fixed`` (θ and data) and ``extra``; the loss is the mean over tasks + θ's own / ``total``.
 
     ``place`` makes the step of ``fixed``; ``result(placed, extra, losses, loss, gradients)`` gives its outputs, where None is the gradient
-    of what is not reached.
-    ``evaluations`` counts gradients in φ. None where a single graph would not have ``spares`` operations more. Raises NotOneLoop where the
-    losses have no loop or several, or draw noise that hangs on values; and what tracing raises.
+    of what is not reached. ``evaluations`` counts gradients in φ. Returns None where a single graph would not have ``spares`` operations
+    more. Raises NotOneLoop where the losses have no loop or several, or draw noise that hangs on values; and what tracing raises.
     """
     with rng():  # what is drawn for examples is no part of any stream
         return _Tracer(place, result, list(fixed), list(extra), total, evaluations).sweep(spares)
