@@ -279,10 +279,10 @@ class StepCompiler:
         self.generator.set_state(before)
         wanted = gradients_of(self.losses, self.parameters, self.total, episode)
         self.learner.model.gradient_evaluations = evaluations
-        how = "compiled" if step.compiled else "traced"
+        how, near = "compiled" if step.compiled else "traced", tolerance(self.coarsest or found.loss.dtype)
         if not torch.equal(after, self.generator.get_state()):
             why = f"the {how} step draws other random numbers than the eager one"
-        elif (far := difference(found, wanted)) > tolerance(self.coarsest or found.loss.dtype):
+        elif (far := difference(found, wanted, max(0.01, near))) > near:
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
         else:
             return True
@@ -444,14 +444,17 @@ def disturbed(episode: Episode, full: tuple[bool, ...] = (False, False)) -> Epis
     return Episode(*(other(points, whole) for points, whole in zip(episode, full, strict=True)))
 
 
-def difference(found: Gradients, wanted: Gradients) -> float:
-    """The largest gap between two steps' losses or gradients, as a share of the size of the tensor it is in, at least 1% of the largest."""
+def difference(found: Gradients, wanted: Gradients, least: float = 0.01) -> float:
+    """The largest gap between two steps' losses or gradients, as a share of the size of the tensor it is in.
+
+    That size is at least ``least`` times the largest gradient's: one that is 0 but for rounding tells nothing.
+    """
     pairs = [(found.losses, wanted.losses), (found.loss, wanted.loss)]
     gradients = list(zip(found.gradients, wanted.gradients, strict=True))
     if any((a is None) != (b is None) for a, b in gradients):
         return math.inf
     here = [(a, b) for a, b in gradients if a is not None and b is not None]
-    floor = 0.01 * max((b.abs().max().item() for _, b in here if b.numel()), default=0.0)
+    floor = least * max((b.abs().max().item() for _, b in here if b.numel()), default=0.0)
     gaps = [gap(a, b, 0.0) for a, b in pairs] + [gap(a, b, floor) for a, b in here if b.numel()]
     return max(gaps, key=lambda one: math.inf if math.isnan(one) else one)
 

@@ -49,10 +49,12 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do. On a GPU it is `Recorded`."""
     on_gpu = any(v.is_cuda for v in inputs)
     inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
-    module = _with_fast_products(module)
+    copied = _with_fast_products(module)
+    # on a CPU what calls the kernels is compiled too: of a short step that was a fifth
+    options = {"fallback_random": True, "cpp_wrapper": not on_gpu}
     with warnings.catch_warnings():  # the compiler's remarks on itself
         warnings.simplefilter("ignore")
-        run: Any = torch._inductor.compile(module, [*inputs], options={"fallback_random": True})
+        run: Any = torch._inductor.compile(copied, [*inputs], options=options)
     return Recorded(run, module, inputs) if on_gpu else run
 
 
@@ -193,16 +195,15 @@ LEAST = 32  # rows or columns: a long and narrow product gains nothing
 
 
 def _with_fast_products(module: GraphModule) -> GraphModule:
-    """A copy of the graph with oneDNN's products in place of large ones on the CPU; the graph itself where there are none."""
+    """A copy of the graph with oneDNN's products in place of large ones on the CPU, and without what tracing noted of its tensors."""
     aten, product = torch.ops.aten, torch.ops.bayesmeta.product.default
     products = [node for node in module.graph.nodes if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs]
-    large = {node for node in products if _is_large(*map(_known, node.args[-2:]))}
-    if not large or not torch.backends.mkldnn.is_available():
-        return module
+    large = {node for node in products if _is_large(*map(_known, node.args[-2:]))} if torch.backends.mkldnn.is_available() else set()
     graph, copied = Graph(), dict[Node, Node]()
     for node in module.graph.nodes:
         if node not in large:
             copied[node] = graph.node_copy(node, copied.__getitem__)
+            copied[node].meta.clear()
             continue
         *bias, a, b = (copied[n] for n in node.args)
         copied[node] = graph.call_function(product, (a, b))

@@ -31,7 +31,7 @@ def test_large_products_are_the_same_and_small_ones_stay():
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
-def test_a_graph_without_any_is_left_alone():
+def test_a_graph_without_any_stays_as_it_is():
     for dtype, size in ((torch.float64, 2000), (torch.float32, 10)):
         graph = trace(lambda a, b: [a @ b], [torch.zeros(size, 64, dtype=dtype), torch.zeros(64, 64, dtype=dtype)])
-        assert _with_fast_products(graph) is graph
+        assert count(_with_fast_products(graph)) == 0

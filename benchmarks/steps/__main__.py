@@ -3,6 +3,7 @@
     python -m benchmarks.steps                        all workloads, from the repository's root
     python -m benchmarks.steps --only W1 W5 --out runs/steps
     python -m benchmarks.steps --scaling --out runs/scaling
+    python -m benchmarks.steps --remains --only W1    what is left: arithmetic, optimiser, Python
 
     python -m benchmarks.steps --device cuda --out runs/steps-gpu
 
@@ -40,7 +41,7 @@ from pathlib import Path
 
 import torch
 
-from . import batched, chart, loops, measure, ours, scaling
+from . import batched, chart, loops, measure, ours, remains, scaling
 from .workloads import ON_GPU, WORKLOADS, Contender, Workload
 
 Make = Callable[[Workload], Contender | None]
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="after this long a workload's rounds end, 3 or more of them done")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="folder for results.csv and results.png")
+    parser.add_argument("--remains", action="store_true", help="what a compiled step's time goes into")
     parser.add_argument("--scaling", action="store_true", help="T = 1 … 1000, K = 1 … 20, M = 1 … 64, compiled against the loop")
     options = parser.parse_args()
     measure.one_arena()
@@ -133,6 +135,9 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for w in scaling.WORKLOADS if options.scaling else workloads:
         if not w.name.startswith(tuple(options.only)):
+            continue
+        if options.remains:
+            print(f"{w.name}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in remains.remains(w).items()), flush=True)
             continue
         start = time.perf_counter()
         found = run(w, chosen, options)

@@ -1,5 +1,7 @@
 """The package's own steps, as `bayesmeta.meta_train` takes them: eager, and compiled."""
 
+from collections.abc import Callable
+
 import torch
 
 import bayesmeta as bm
@@ -51,15 +53,25 @@ def compiled(w: Workload) -> Contender:
 
 
 def bfloat16(w: Workload) -> Contender | None:
-    """Compiled, convolutions in bfloat16; None for a workload without any."""
-    return _contender(w, True, torch.bfloat16) if w.kind == "omniglot" else None
+    """Compiled, convolutions in bfloat16, on a GPU; None for a workload without any."""
+    return _contender(w, True, torch.bfloat16) if w.kind == "omniglot" and w.device == "cuda" else None
 
 
 def _contender(w: Workload, mode: bool, autocast: torch.dtype | None = None) -> Contender:
+    run, step = training(w, mode, autocast)
+    contender = Contender.of(step)
+    assert not mode or run.gradient.compiler.why_eager is None, run.gradient.compiler.why_eager
+    return contender
+
+
+def training(
+    w: Workload, mode: bool, autocast: torch.dtype | None = None, *, with_adam: bool = True
+) -> tuple[_Run, Callable[[], float]]:
+    """The state of a run as `meta_train` has it, and its step. ``with_adam``: whether a compiled graph may hold the optimiser's step."""
     made, episode, generator = learner(w), workloads.episode(w), torch.Generator().manual_seed(0)
     parameters = made.trained_parameters()
     optimiser = torch.optim.Adam(parameters, workloads.ADAM, fused=True)
-    adam = AdamStep.of(optimiser, parameters, None)
+    adam = AdamStep.of(optimiser, parameters, None) if with_adam else None
     # convolutions one task at a time: what belongs to a task then stays in the processor's cache
     chunk = 1 if mode and w.kind == "omniglot" and episode.support.x.device.type == "cpu" else None
     gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam, autocast=autocast, task_chunk=chunk)
@@ -69,6 +81,4 @@ def _contender(w: Workload, mode: bool, autocast: torch.dtype | None = None) -> 
         # other data at every step, as in training: what was seen of the last ones does not help
         return run.step(bm.Episode(*(p._replace(y=p.y.clone()) for p in episode)), None, 1)
 
-    contender = Contender.of(step)
-    assert not mode or gradient.compiler.why_eager is None, gradient.compiler.why_eager
-    return contender
+    return run, step
