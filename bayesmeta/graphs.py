@@ -17,6 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from .rewriting import rewritten
+
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 Run = Callable[..., Sequence[Any]]
@@ -49,9 +51,9 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do. On a GPU it is `Recorded`."""
     on_gpu = any(v.is_cuda for v in inputs)
     inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
-    copied = _with_fast_products(module)
-    # on a CPU what calls the kernels is compiled too: of a short step that was a fifth
-    options = {"fallback_random": True, "cpp_wrapper": not on_gpu}
+    copied = rewritten(module)
+    # on a CPU what calls the kernels is compiled too, which was a fifth of a short step; operations without a door in C stay with Python
+    options = {"fallback_random": True, "cpp_wrapper": not on_gpu and not any(_is_pythons(node) for node in copied.graph.nodes)}
     with warnings.catch_warnings():  # the compiler's remarks on itself
         warnings.simplefilter("ignore")
         run: Any = torch._inductor.compile(copied, [*inputs], options=options)
@@ -184,41 +186,6 @@ def draw_noise_outside(module: GraphModule, *, given: int = 0) -> GraphModule | 
     return GraphModule(module, drawn) if found[given:] else None
 
 
-# Products of large float32 matrices on the CPU. torch takes MKL's, which uses half of what other makers' processors can do; oneDNN's takes
-# half the time there from some size on (measured on an AMD EPYC: 52 µs instead of 103 for 1360 × 64 × 64), more where it must transpose.
-_library = torch.library.Library("bayesmeta", "FRAGMENT")
-_library.define("product(Tensor a, Tensor b) -> Tensor")
-_library.impl("product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], ""), "CPU")
-_library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
-LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications
-LEAST = 32  # rows or columns: a long and narrow product gains nothing
-
-
-def _with_fast_products(module: GraphModule) -> GraphModule:
-    """A copy of the graph with oneDNN's products in place of large ones on the CPU, and without what tracing noted of its tensors."""
-    aten, product = torch.ops.aten, torch.ops.bayesmeta.product.default
-    products = [node for node in module.graph.nodes if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs]
-    large = {node for node in products if _is_large(*map(_known, node.args[-2:]))} if torch.backends.mkldnn.is_available() else set()
-    graph, copied = Graph(), dict[Node, Node]()
-    for node in module.graph.nodes:
-        if node not in large:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-            copied[node].meta.clear()
-            continue
-        *bias, a, b = (copied[n] for n in node.args)
-        copied[node] = graph.call_function(product, (a, b))
-        if bias:
-            copied[node] = graph.call_function(aten.add.Tensor, (copied[node], bias[0]))
-    return GraphModule(module, graph)
-
-
-def _is_large(a: Any, b: Any) -> bool:
-    if a is None or b is None or a.dtype != torch.float32 or getattr(a, "device", torch.device("cpu")).type != "cpu":
-        return False
-    sizes = (*a.shape, b.shape[1])
-    return min(sizes) >= LEAST and math.prod(sizes) >= (LARGE if a.stride()[-1] == 1 else LARGE_TRANSPOSED)
-
-
 def is_random(module: GraphModule) -> bool:
     """Whether the graph draws random numbers."""
     return any(_is_random(node) for node in module.graph.nodes)
@@ -263,6 +230,12 @@ def _on_cpu(node: Node, module: GraphModule) -> bool:
     return value is not None and value.device.type == "cpu"
 
 
+def _is_pythons(node: Node) -> bool:
+    name = str(node.target)
+    elsewhere = not name.startswith(("aten.", "prims.", "<built-in")) or any(part in name for part in ("linalg", "median", "eigh"))
+    return node.op == "call_function" and (elsewhere or _is_random(node))
+
+
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
@@ -276,9 +249,4 @@ def _has_dynamic_shape(node: Node) -> bool:
 
 
 def _dtype(node: Any) -> torch.dtype | None:
-    return getattr(_known(node), "dtype", None)
-
-
-def _known(node: Any) -> Any:
-    """A tensor of the shape and type of the node's result, or what is known of it."""
-    return node.meta.get("val", node.meta.get("tensor_meta"))
+    return getattr(node.meta.get("val", node.meta.get("tensor_meta")), "dtype", None)

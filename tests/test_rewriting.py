@@ -1,0 +1,75 @@
+"""What is done to a graph before it is compiled: which products change, and that all stay the same."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from bayesmeta.graphs import trace
+from bayesmeta.rewriting import LARGE, TRANSPOSES, rewritten
+
+PRODUCT = torch.ops.bayesmeta.product.default
+
+
+def count(module, *targets):
+    return sum(node.target in targets for node in module.graph.nodes)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_large_products_are_the_same_and_small_ones_stay():
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(1500, 64), torch.randn(48, 64), torch.randn(48)
+    small = torch.randn(20, 20)
+    assert x.numel() * len(w) > LARGE
+
+    def several(x, w, bias, small):
+        y = linear(x, w, bias)
+        return [y, x @ w.T, y.T @ x, small @ small]
+
+    graph = trace(several, [x, w, bias, small])
+    fast = rewritten(graph)
+    assert count(graph, PRODUCT) == 0 and count(fast, PRODUCT) == 3
+    for found, wanted in zip(fast(x, w, bias, small), several(x.double(), w.double(), bias.double(), small.double()), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_a_graph_without_any_stays_as_it_is():
+    for dtype, size in ((torch.float64, 2000), (torch.float32, 10)):
+        graph = trace(lambda a, b: [a @ b], [torch.zeros(size, 64, dtype=dtype), torch.zeros(64, 64, dtype=dtype)])
+        assert count(rewritten(graph), PRODUCT) == 0
+
+
+FLIPPED = {
+    "a product": lambda a, b: [(a @ b).mT.flatten(-2)],
+    "a sum of products": lambda a, b: [(a @ b + 2.0 * (a @ b)).mT.flatten(-2)],
+    "a sum with a transpose in it": lambda a, b: [((a @ b) - (b.mT @ a.mT).mT).mT.flatten(-2), a],
+    "views and a sign": lambda a, b: [(-(a @ b).view(a.shape[:-1] + b.shape[-1:])).mT.flatten(-2)],
+}
+
+
+@pytest.mark.parametrize("axes", [(), (5,)], ids=["matrices", "batches"])
+@pytest.mark.parametrize("function", FLIPPED.values(), ids=FLIPPED)
+def test_a_product_that_is_transposed_is_made_so(function, axes):
+    a, b = torch.randn(*axes, 3, 4, dtype=torch.float64), torch.randn(*axes, 4, 6, dtype=torch.float64)
+    graph = rewritten(trace(function, [a, b]))
+    for found, wanted in zip(graph(a, b), function(a, b), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    products = [node for node in graph.graph.nodes if node.target in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)]
+    assert products and all(user.target not in TRANSPOSES for node in products for user in node.users)
+
+
+def test_what_is_wanted_both_ways_is_multiplied_once():
+    def both(a, b):
+        y = a @ b
+        return [y, y.mT.flatten()]
+
+    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    graph = rewritten(trace(both, [a, b]))
+    assert count(graph, torch.ops.aten.mm.default) == 1
+    for found, wanted in zip(graph(a, b), both(a, b), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_other_axes_are_left_alone():
+    a, b = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    for function in (lambda a, b: [(a @ b).transpose(0, 1)], lambda a, b: [(a @ b).permute(2, 0, 1)], lambda a, b: [(a @ b + b[:, :2]).mT]):
+        torch.testing.assert_close(rewritten(trace(function, [a, b]))(a, b), function(a, b), rtol=0, atol=1e-12)
