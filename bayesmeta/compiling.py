@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 Losses = Callable[[Episode], tuple[Tensor, Tensor]]
 
 MOST_SHAPES = 32  # traced in a run: more of them are no use
+SMALL = 0.05  # a gradient of that share of the largest's size, or less, is held to eager as if it were that size: it may be rounding alone
 CHECKS = 2  # how many steps of a new graph are held to eager
 WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
 TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
@@ -282,7 +283,7 @@ class StepCompiler:
         how, near = "compiled" if step.compiled else "traced", tolerance(self.coarsest or found.loss.dtype)
         if not torch.equal(after, self.generator.get_state()):
             why = f"the {how} step draws other random numbers than the eager one"
-        elif (far := difference(found, wanted, max(0.01, near))) > near:
+        elif (far := difference(found, wanted, max(SMALL, near))) > near:
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
         else:
             return True
@@ -444,7 +445,7 @@ def disturbed(episode: Episode, full: tuple[bool, ...] = (False, False)) -> Epis
     return Episode(*(other(points, whole) for points, whole in zip(episode, full, strict=True)))
 
 
-def difference(found: Gradients, wanted: Gradients, least: float = 0.01) -> float:
+def difference(found: Gradients, wanted: Gradients, least: float = SMALL) -> float:
     """The largest gap between two steps' losses or gradients, as a share of the size of the tensor it is in.
 
     That size is at least ``least`` times the largest gradient's: one that is 0 but for rounding tells nothing.
