@@ -67,9 +67,10 @@ def check(w: Workload, made: dict[str, Contender]) -> None:
     for name, contender in made.items():
         if name == "numpyro":
             continue  # compared where it is made, in distribution
-        for here, there in zip(contender.losses, wanted, strict=False):
-            near = (BFLOAT16 if name == "bf16" else 1e-4) * abs(there)
-            assert abs(here - there) < near, f"{w.name}: {name} has losses {contender.losses}, expected {wanted}"
+        for step, (here, there) in enumerate(zip(contender.losses, wanted, strict=False)):
+            # a bias before a batch norm has a gradient of rounding alone, of which Adam makes full steps
+            near = BFLOAT16 if name == "bf16" else 2e-3 if step and w.kind == "omniglot" else 1e-4
+            assert abs(here - there) < near * abs(there), f"{w.name}: {name} has losses {contender.losses}, expected {wanted}"
 
 
 def run(w: Workload, chosen: list[str], options: argparse.Namespace) -> list[dict[str, object]]:
