@@ -17,8 +17,7 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 VIEWS = (aten.view.default, aten._unsafe_view.default)  # hang on how numbers stand in memory, which these rules change
-SAME = (aten.reshape.default, aten.neg.default)  # operations on one tensor, transposed by transposing that
-SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # and on two of one shape, or one and a number
+SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # transposed by transposing what they are of
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications from which oneDNN's product is the faster
 LEAST = 32  # rows or columns: a long and narrow one gains nothing
 
@@ -62,18 +61,12 @@ def _flipped(node: Node) -> Node | None:
     if node.target in PRODUCTS:
         with graph.inserting_after(node):
             return _noted(graph.call_function(node.target, (_transposed(args[1], node), _transposed(args[0], node))), node)
-    one_tensor = node.target in SAME and _shape(args[0]) == _shape(node)
-    if not (one_tensor or node.target in SUMS) or node.kwargs:
+    if not _can_flip(node):
         return None
-    tensors = [i for i, arg in enumerate(args) if isinstance(arg, Node)]
-    if any(_shape(args[i]) != _shape(node) for i in tensors):
-        return None
-    if not all(_can_flip(args[i]) for i in tensors):
-        return None
-    for i in tensors:
-        args[i] = _flipped(args[i])  # type: ignore[arg-type]
-    if one_tensor and node.target != aten.neg.default:
-        return args[0]  # type: ignore[return-value]
+    args = [_flipped(arg) if isinstance(arg, Node) else arg for arg in args]
+    if node.target == aten.reshape.default:
+        *leading, rows, columns = _shape(node)
+        args[1] = [*leading, columns, rows]
     with graph.inserting_after(node):
         return _noted(graph.call_function(node.target, tuple(args)), node)
 
@@ -83,13 +76,15 @@ def _can_flip(node: Any) -> bool:
         return False
     if _is_transpose(node):
         return True
-    if len(node.users) > 1:
+    if len(node.users) > 1 or node.kwargs:
         return False
     if node.target in PRODUCTS:
         return True
-    if node.target not in (*SAME, *SUMS) or node.kwargs:
-        return False
-    return all(_shape(arg) == _shape(node) and _can_flip(arg) for arg in node.args if isinstance(arg, Node))
+    if node.target == aten.reshape.default:
+        before, after = _shape(node.args[0]), _shape(node)
+        only_leading = min(len(before), len(after)) >= 2 and before[-2:] == after[-2:]
+        return only_leading and _can_flip(node.args[0])
+    return node.target in SUMS and all(_shape(arg) == _shape(node) and _can_flip(arg) for arg in node.args if isinstance(arg, Node))
 
 
 def _transposed(operand: Any, before: Node) -> Node:

@@ -42,6 +42,7 @@ FLIPPED = {
     "a product": lambda a, b: [(a @ b).mT.flatten(-2)],
     "a sum of products": lambda a, b: [(a @ b + 2.0 * (a @ b)).mT.flatten(-2)],
     "a sum with a transpose in it": lambda a, b: [((a @ b) - (b.mT @ a.mT).mT).mT.flatten(-2), a],
+    "leading axes regrouped": lambda a, b: [(a @ b).reshape(1, -1, *(a @ b).shape[-2:]).mT.flatten(-2)],
     "views and a sign": lambda a, b: [(-(a @ b).view(a.shape[:-1] + b.shape[-1:])).mT.flatten(-2)],
 }
 
