@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
@@ -21,9 +22,19 @@ SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, ate
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications from which oneDNN's product is the faster
 LEAST = 32  # rows or columns: a long and narrow one gains nothing
 
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    rows, columns = b.shape
+    if b.stride() not in ((columns, 1), (1, rows)):  # a part of a matrix: oneDNN takes a hundred times as long for one
+        b = b.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+    return product
+
+
 _library = torch.library.Library("bayesmeta", "FRAGMENT")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
-_library.impl("product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], ""), "CPU")
+_library.impl("product", _by_onednn, "CPU")
 _library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
