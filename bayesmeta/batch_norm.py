@@ -156,4 +156,4 @@ def pooled(of_tasks: Moments, points: Tensor) -> Moments:
 
 def _each(x: Tensor) -> Tensor:
     """The mean within each point and channel, ``(N, C, *)`` to ``(N, C)``."""
-    return x.flatten(2).mean(-1) if x.dim() > 2 else x
+    return x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x

@@ -3,6 +3,7 @@
     eager      Python, Pyro and autograd at every step
     traced     the operations of one eager step written down (`make_fx`) and done again: the same kernels in the same order, the same bits
     compiled   the traced graph through TorchInductor: the same arithmetic, fused; equal to rounding
+    swept      where one graph of all inner steps would be large: a graph of one of them, run K times and back by hand (`sweep`)
 
 On a GPU the kernels of either are recorded once and launched by one call (a CUDA graph), and a step waits for the GPU once, at its end.
 
@@ -38,6 +39,7 @@ from .episodes import LARGEST_TARGET, Episode, Points
 from .graphs import SHAPES, Backend, Recorded, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .learners.base import AbstractMetaLearner, checked_choice
 from .randomness import rng
+from .sweep import Place, Placed, Result, Sweep, sweep
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything bette
 TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
 # What compiling was measured to take where the compiler has nothing on disk: 21 s at 1,800 operations, 29 s at 2,900, 48 s at 3,300
 COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 3.0, 0.012
+SWEPT_OPERATIONS = 2_000  # so many more than a sweep's a single graph must have; with fewer it compiles as soon, and calls less
 CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" takes the trouble
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
 
@@ -91,8 +94,8 @@ class TracedStep:
     ``seconds``: of the last steps.
     """
 
-    module: GraphModule
-    noise: GraphModule | None
+    module: GraphModule | Sweep
+    noise: Callable[[], Sequence[Tensor]] | None
     random: bool
     reached: list[bool]
     evaluations: float
@@ -107,7 +110,7 @@ class TracedStep:
     @property
     def size(self) -> int:
         """How many operations the graph has."""
-        return len(self.module.graph.nodes)
+        return self.module.size if isinstance(self.module, Sweep) else len(self.module.graph.nodes)
 
 
 Graphs = OrderedDict[Any, TracedStep]
@@ -148,6 +151,7 @@ class StepCompiler:
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
         self.on_gpu, places = self._state[0].is_cuda, {str(v.device) for v in self._state}
+        self.sweeps = not self.on_gpu  # a recorded piece writes over what it gave the last time
         if self.why_eager is None and (len(places) > 1 or not all(v.device.type in ("cpu", "cuda") for v in self._state)):
             self.why_eager = f"steps are compiled on the CPU or on one GPU, and the model is on {', '.join(sorted(places))}"
         if self.why_eager is not None and mode is not False:
@@ -202,12 +206,12 @@ class StepCompiler:
                 return None
             start = time.perf_counter()
             step = self.graphs[key] = self._traced(episode, full)
-            self._check_disturbed(step, disturbed(episode, full))
-            if self.why_eager is not None:
+            if not self._agrees_disturbed(step, disturbed(episode, full)):
                 return None
             log.info(
-                "%s: traced a step of %d tasks in %.1f s, %d operations",
+                "%s: traced a step of %d tasks in %.1f s, %d operations%s",
                 type(self.learner).__name__, episode.num_tasks, time.perf_counter() - start, step.size,
+                f", swept over {step.module.inner_steps} inner steps" if isinstance(step.module, Sweep) else "",
             )  # fmt: skip
             if len(self.graphs) > SHAPES:
                 self.graphs.popitem(last=False)
@@ -221,8 +225,9 @@ class StepCompiler:
     def _compile(self, step: TracedStep, episode: Episode) -> None:
         start, before = time.perf_counter(), self.generator.get_state()
         try:
+            inputs, module = self._example(step, episode), step.module
             with torch.no_grad():
-                step.run = self.backend(step.module, self._example(step, episode))
+                step.run = module.compiled(self.backend, inputs) if isinstance(module, Sweep) else self.backend(module, inputs)
         except Exception as error:  # whatever a compiler may raise: none installed, an operation it does not know
             self.can_compile = False
             self._warn(f"the step is traced but not compiled, which is slower: {type(error).__name__}: {first_lines(error)}")
@@ -249,12 +254,10 @@ class StepCompiler:
                 step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
         else:
             step.unchecked -= 1
-            self._check(step, found, episode, before)
-            if step.lent and self.why_eager is not None:  # the learners are not alike after all: this one needs a graph of its own
-                self.why_eager = None
+            if not self._agrees(step, found, episode, before):
                 return None
         self.learner.model.gradient_evaluations += step.evaluations
-        return found if self.why_eager is None else None
+        return found
 
     def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
         """None where the data are not fine, or what came out is not finite."""
@@ -270,36 +273,45 @@ class StepCompiler:
 
     # --- held to eager
 
-    def _check(self, step: TracedStep, found: Gradients, episode: Episode, before: Tensor) -> None:
-        """Holds ``found`` to eager; gives up where they differ."""
+    def _agrees(self, step: TracedStep, found: Gradients, episode: Episode, before: Tensor) -> bool:
+        """Whether ``found`` is eager's; if not, another graph is tried next where there is one to try, else this gives up."""
         after, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
         self.generator.set_state(before)
         wanted = gradients_of(self.losses, self.parameters, self.total, episode)
         self.learner.model.gradient_evaluations = evaluations
         how = "compiled" if step.compiled else "traced"
         if not torch.equal(after, self.generator.get_state()):
-            self._give_up(f"the {how} step draws other random numbers than the eager one", quietly=step.lent)
+            why = f"the {how} step draws other random numbers than the eager one"
         elif (far := difference(found, wanted)) > tolerance(self.coarsest or found.loss.dtype):
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
-            self._give_up(why, quietly=step.lent)
+        else:
+            return True
+        if step.lent:  # the learners are not alike after all: this one needs a graph of its own
+            self.graphs.clear()
+        elif isinstance(step.module, Sweep):  # its pieces do not make up the step: it needs a single graph
+            log.info("%s: no sweep over inner steps: %s", type(self.learner).__name__, why)
+            self.graphs.clear()
+            self.sweeps = False
+        else:
+            self._give_up(why)
+        return False
 
-    def _check_disturbed(self, step: TracedStep, episode: Episode) -> None:
+    def _agrees_disturbed(self, step: TracedStep, episode: Episode) -> bool:
         before, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations
         try:
             fine = math.isfinite(gradients_of(self.losses, self.parameters, self.total, episode).loss.item())
         except ValueError:  # no data for this learner: a class without a point, say
             fine = False
         found = self._run(step, episode, before) if fine else None
-        if found is not None:
-            self._check(step, found, episode, before)
+        agrees = found is None or self._agrees(step, found, episode, before)
         self.generator.set_state(before)
         self.learner.model.gradient_evaluations = evaluations
+        return agrees
 
-    def _give_up(self, why: str, *, quietly: bool = False) -> None:
+    def _give_up(self, why: str) -> None:
         self.why_eager = why
         self.graphs.clear()
-        if not quietly:
-            self._warn(f"training goes on step by step through Python, with the same results: {why}")
+        self._warn(f"training goes on step by step through Python, with the same results: {why}")
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"{type(self.learner).__name__}: compile={self.mode!r}: {what}", RuntimeWarning, stacklevel=2)
@@ -312,52 +324,84 @@ class StepCompiler:
 
     def _traced(self, episode: Episode, full: tuple[bool, ...]) -> TracedStep:
         """Traces one step on ``episode``. Raises what tracing raises; the generator is then as it was, or further."""
-        model = self.learner.model
-        reached: list[bool] = []
+        model, before = self.learner.model, self.generator.get_state()
+        fixed, extra = [*self._state, *_tensors(episode)], self.adam.inputs() if self.adam else []
+        start, reached = model.gradient_evaluations, list[bool]()
 
-        def losses(ready: Episode) -> tuple[Tensor, Tensor]:
-            with model.data_ready():
-                return self.losses(ready)
-
-        def step(*inputs: Tensor) -> list[Tensor]:
-            state, data, extra = inputs[: len(self._state)], inputs[len(self._state) :][:6], inputs[len(self._state) + 6 :]
+        def place(inputs: Sequence[Tensor]) -> Placed:
+            state, data, sets = inputs[: len(self._state)], inputs[len(self._state) :], list[Points]()
             values = [v.detach().requires_grad_() if t else v for v, t in zip(state, self._trained, strict=True)]
             named = dict(zip(self._names, values, strict=True))
             by_id = {id(p): named[n] for n, p in self.learner.named_parameters()}
-            trained = [by_id[id(p)] for p in self.parameters]
-            sets = []
             for (x, y, mask), whole in zip((data[:3], data[3:]), full, strict=True):
                 # prepared once, in the graph: the program's runs then take the data as they are
                 sets.append(model.prepare(Points(x, y, torch.ones_like(mask) if whole else mask), full=whole))
-            with stateless._reparametrize_module(self.learner, named, tie_weights=True):
-                found = gradients_of(losses, trained, self.total, Episode(*sets))
-            reached[:] = [g is not None for g in found.gradients]
-            gradients = [g for g in found.gradients if g is not None]
-            norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-            facts = [found.loss, _largest(sets), self._impossible(sets).to(found.loss), norm]
+
+            def losses() -> tuple[Tensor, Tensor]:
+                with stateless._reparametrize_module(self.learner, named, tie_weights=True), model.data_ready():
+                    return self.losses(Episode(*sets))
+
+            return Placed([by_id[id(p)] for p in self.parameters], losses, sets)
+
+        def result(
+            placed: Placed, extra: Sequence[Tensor], losses: Tensor, loss: Tensor, gradients: Sequence[Tensor | None]
+        ) -> list[Tensor]:
+            reached[:] = [g is not None for g in gradients]
+            there = [g for g in gradients if g is not None]
+            norm = torch.stack([g.square().sum() for g in there]).sum().sqrt()
+            facts = [loss, _largest(placed.sets), self._impossible(placed.sets).to(loss), norm]
             new: list[Tensor] = []
             if self.adam is not None and all(reached):
-                new = self.adam([p.detach() for p in trained], gradients, norm, extra)
-                facts += [torch.stack([p.abs().amax() for p in new[: len(trained)] if p.numel()]).amax()]
-            return [found.losses, found.loss, torch.stack([fact.to(found.loss) for fact in facts]), *gradients, *new]
+                new = self.adam([p.detach() for p in placed.trained], there, norm, extra)
+                facts += [torch.stack([p.abs().amax() for p in new[: len(there)] if p.numel()]).amax()]
+            return [losses, loss, torch.stack([fact.to(loss) for fact in facts]), *there, *new]
 
-        before, evaluations = self.generator.get_state(), model.gradient_evaluations
-        module = trace(step, [*self._state, *_tensors(episode), *(self.adam.inputs() if self.adam else ())])
+        def step(*inputs: Tensor) -> list[Tensor]:
+            placed = place(inputs[: len(fixed)])
+            found = gradients_of(lambda _: placed.losses(), placed.trained, self.total, episode)
+            return result(placed, inputs[len(fixed) :], found.losses, found.loss, found.gradients)
+
+        graph: GraphModule | Sweep
+        noise: Callable[[], Sequence[Tensor]] | None
+        swept = self._swept(place, result, fixed, extra)
+        if swept is not None:
+            graph, noise, random, evaluations = swept, swept.noise, any(swept.draws), swept.evaluations
+        else:
+            graph = trace(step, [*fixed, *extra])
+            random, evaluations = is_random(graph), model.gradient_evaluations - start
+            noise = draw_noise_outside(graph)
         self.generator.set_state(before)
-        evaluations, model.gradient_evaluations = model.gradient_evaluations - evaluations, evaluations
-        random = is_random(module)
-        noise = draw_noise_outside(module)
-        made = TracedStep(module, noise, random, reached, evaluations, self.adam is not None and all(reached), module)
+        model.gradient_evaluations = start
+        made = TracedStep(graph, noise, random, reached, evaluations, self.adam is not None and all(reached), graph)
         made.run = self._uncompiled(made, episode)
         return made
 
     def _uncompiled(self, step: TracedStep, episode: Episode) -> Run:
-        return Recorded(step.module, step.module, self._example(step, episode)) if self.on_gpu else step.module
+        if isinstance(step.module, GraphModule) and self.on_gpu:
+            return Recorded(step.module, step.module, self._example(step, episode))
+        return step.module
 
     def _example(self, step: TracedStep, episode: Episode) -> list[Tensor]:
         """Inputs to make a run of a graph with; no random stream moves on."""
         with torch.no_grad(), rng():
             return self._inputs(step, episode)
+
+    def _swept(self, place: Place, result: Result, fixed: Sequence[Tensor], extra: Sequence[Tensor]) -> Sweep | None:
+        """The step as a `Sweep`; None where it has no inner loop, or one of so few operations that a single graph serves better."""
+        if not self.sweeps:
+            return None
+        model, before = self.learner.model, self.generator.get_state()
+        evaluations = model.gradient_evaluations
+        try:
+            return sweep(
+                place, result, fixed, extra, total=self.total, spares=SWEPT_OPERATIONS, evaluations=lambda: model.gradient_evaluations
+            )  # fmt: skip
+        except Exception as error:  # whatever a learner may raise whose loss is run in pieces; it is traced whole next
+            log.debug("%s: one graph, no sweep: %s", type(self.learner).__name__, first_lines(error))
+            return None
+        finally:
+            self.generator.set_state(before)
+            model.gradient_evaluations = evaluations
 
     # --- the data
 

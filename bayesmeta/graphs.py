@@ -137,11 +137,12 @@ def move_constants(module: GraphModule) -> None:
     module.recompile()
 
 
-def draw_noise_outside(module: GraphModule) -> GraphModule | None:
+def draw_noise_outside(module: GraphModule, *, given: int = 0) -> GraphModule | None:
     """Takes the random operations out of a graph and makes their results further inputs, in order; returns what draws them, or None.
 
     Only those whose arguments hang on no input, and only up to the first of which that is not so (a draw from a Gamma): the order in
     which numbers are taken from the stream stays eager's. Noise that is drawn on the CPU and moved (`bayesmeta.randomness`) comes in moved.
+    The first ``given`` of them somebody else draws.
     """
     graph, drawn, free = module.graph, Graph(), set[Node]()
     outside: dict[Node, Node] = {}
@@ -157,7 +158,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
     drawn_by, found = found, [_moved(node, free) for node in found]
     if not found:
         return None
-    needed, todo = set[Node](), list(found)
+    needed, todo = set[Node](), found[given:]
     while todo:
         node = todo.pop()
         if node not in needed:
@@ -166,7 +167,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
     for node in graph.nodes:
         if node in needed:
             outside[node] = drawn.node_copy(node, lambda n: outside[n])
-    drawn.output(tuple(outside[node] for node in found))
+    drawn.output(tuple(outside[node] for node in found[given:]))
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for i, node in enumerate(found):
         with graph.inserting_after(last):
@@ -178,7 +179,7 @@ def draw_noise_outside(module: GraphModule) -> GraphModule | None:
             graph.erase_node(drawn_by[i])
     graph.eliminate_dead_code()
     module.recompile()
-    return GraphModule(module, drawn)
+    return GraphModule(module, drawn) if found[given:] else None
 
 
 # Products of large float32 matrices on the CPU. torch takes MKL's, which uses half of what other makers' processors can do; oneDNN's takes
@@ -188,6 +189,7 @@ _library.define("product(Tensor a, Tensor b) -> Tensor")
 _library.impl("product", lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], ""), "CPU")
 _library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications
+LEAST = 32  # rows or columns: a long and narrow product gains nothing
 
 
 def _with_fast_products(module: GraphModule) -> GraphModule:
@@ -212,7 +214,8 @@ def _with_fast_products(module: GraphModule) -> GraphModule:
 def _is_large(a: Any, b: Any) -> bool:
     if a is None or b is None or a.dtype != torch.float32 or getattr(a, "device", torch.device("cpu")).type != "cpu":
         return False
-    return a.shape[0] * a.shape[1] * b.shape[1] >= (LARGE if a.stride()[-1] == 1 else LARGE_TRANSPOSED)
+    sizes = (*a.shape, b.shape[1])
+    return min(sizes) >= LEAST and math.prod(sizes) >= (LARGE if a.stride()[-1] == 1 else LARGE_TRANSPOSED)
 
 
 def is_random(module: GraphModule) -> bool:

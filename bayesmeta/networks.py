@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from .batch_norm import BatchNorms, with_policy
-from .convolutions import TaskConv2d
+from .convolutions import PatchConv2d
 
 
 class AbstractNetwork(nn.Module, ABC):
@@ -72,6 +72,7 @@ class WeightNetwork(AbstractNetwork):
         # A copy, so that the caller's is never changed; called with weights handed in, so its own must not show up as θ.
         self._module = [_fast(own).requires_grad_(False)]
         self.batch_norms = BatchNorms(self.module, self._one)
+        self._has_convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in self.module.modules())
 
     @property
     def module(self) -> nn.Module:
@@ -93,6 +94,8 @@ class WeightNetwork(AbstractNetwork):
     def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
         x, mask = _real(x, mask if self.batch_norms.names else None)
+        if self._has_convolutions and x.device.type == "cpu":
+            return self._in_turn(phi, x, mask)
         run = vmap(self._one)
         for _ in phi.shape[:-2]:
             run = vmap(run, in_dims=(0, None, None))
@@ -106,6 +109,13 @@ class WeightNetwork(AbstractNetwork):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightNetwork:
         self.module._apply(fn, recurse)  # its buffers move along
         return super()._apply(fn, recurse)
+
+    def _in_turn(self, phi: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """`forward` as a loop: vmap makes convolutions grouped ones, and CPUs take two to three times as long for those."""
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2]) if x.dim() == 5 else x
+        pairs = list(zip(x, mask, strict=True))
+        each = [self._one(one, *pairs[i % len(pairs)]) for i, one in enumerate(phi.flatten(0, -2))]
+        return torch.stack(each).unflatten(0, phi.shape[:-1])
 
     def _one(self, phi: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         return functional_call(self.module, self.handed(phi, mask), (x,))
@@ -290,10 +300,10 @@ def _real(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _fast(module: nn.Module) -> nn.Module:
-    """The module with layers in it that bear `vmap` over their weights well."""
+    """The module with faster layers in it, where there are any."""
     for name, part in module.named_children():
         setattr(module, name, _fast(part))
-    return TaskConv2d.of(module) if type(module) is nn.Conv2d else module
+    return PatchConv2d.of(module) if PatchConv2d.suits(module) else module
 
 
 def _check_deterministic(module: nn.Module) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..inner_loop import Values, repeat
+
 BANDWIDTHS = ("scalar", "per_dimension")
 # The smallest h, in squared units of φ: particles that coincide would divide 0 by 0.
 FLOOR = 1e-8
@@ -77,14 +79,17 @@ def transport(
     Second order differentiates through every step; ``first_order`` takes every step as a constant, so that the result moves as
     ``start`` does; ``keep_graph=False`` cuts the result off from ``start`` altogether.
     """
-    phi = start if keep_graph else start.detach()
     second_order = keep_graph and not first_order
-    for _ in range(steps):
+
+    def step(values: Values, size: float) -> Values:
+        (phi,) = values
         with torch.enable_grad():
             phi = phi if phi.requires_grad else phi.requires_grad_()
             (score,) = torch.autograd.grad(log_density(phi).sum(), phi, create_graph=second_order)
-        step = step_size * direction(phi if second_order else phi.detach(), score, bandwidth)
-        phi = phi + step if keep_graph else phi.detach() + step
+        move = size * direction(phi if second_order else phi.detach(), score, bandwidth)
+        return ((phi if keep_graph else phi.detach()) + move,)
+
+    (phi,) = repeat(step, (start if keep_graph else start.detach(),), [step_size] * steps, whole=not keep_graph)
     return phi
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Values = tuple[Tensor, ...]
+from ..inner_loop import Values, repeat
 
 
 def descend(
@@ -19,14 +19,15 @@ def descend(
     differentiates through every step; ``first_order`` takes the gradients as constants; ``keep_graph=False`` cuts the result
     off from ``start`` altogether (adaptation without learning).
     """
-    values = start if keep_graph else tuple(v.detach() for v in start)
-    for alpha in step_sizes:
+
+    def step(values: Values, alpha: Tensor | float) -> Values:
         with torch.enable_grad():
             values = tuple(v if v.requires_grad else v.requires_grad_() for v in values)
             gradients = torch.autograd.grad(loss(*values).sum(), values, create_graph=keep_graph and not first_order)
         values = tuple(v - alpha * g for v, g in zip(values, gradients, strict=True))
-        values = values if keep_graph else tuple(v.detach() for v in values)
-    return values
+        return values if keep_graph else tuple(v.detach() for v in values)
+
+    return repeat(step, start if keep_graph else tuple(v.detach() for v in start), step_sizes, whole=not keep_graph)
 
 
 def derivatives(f: Callable[[Tensor], Tensor], phi: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
