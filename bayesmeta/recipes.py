@@ -244,7 +244,7 @@ def _omniglot(seed: int = 0, root: str | os.PathLike[str] | None = None) -> Reci
 
 
 def image_recipe(
-    title: str, train: Glyphs | Omniglot, test: Glyphs | Omniglot, *, filters: int = 32, blocks: int = 4, steps: int = 500
+    title: str, train: Glyphs | Omniglot, test: Glyphs | Omniglot, *, filters: int = 32, blocks: int = 4, steps: int = 300
 ) -> Recipe:
     """Few-shot classification with one embedding for all: four blocks of convolutions, whose weights start the same in every learner.
 

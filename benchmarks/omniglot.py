@@ -51,8 +51,8 @@ class Setting:
 
 SETTINGS = {
     "protonet": Setting(steps=12_000, tasks=1, ways=20),
-    "maml": Setting(steps=3000, tasks=16, filters=32),
-    "maml-fc": Setting(steps=5000, tasks=16, inner_lr=0.1),
+    "maml": Setting(steps=5000, tasks=16, filters=32, lr=2e-3, chunk=2, compile="auto"),
+    "maml-fc": Setting(steps=5000, tasks=16, lr=2e-3, inner_lr=0.1, compile="auto"),
 }
 FULL = {
     "protonet": {"steps": 20_000, "filters": 64, "pooled": True},
