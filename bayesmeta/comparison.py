@@ -58,7 +58,7 @@ def compare(
             try:
                 histories[name] = meta_train(
                     learner, recipe.train, steps=recipe.steps if steps is None else steps, tasks_per_step=recipe.tasks_per_step,
-                    generator=torch.Generator().manual_seed(seed),
+                    generator=torch.Generator().manual_seed(seed), compile=recipe.compile,
                     optimizer=lambda params: torch.optim.Adam(params, recipe.learning_rate), clip=10.0, progress=progress,
                 )  # fmt: skip
             except TrainingError as error:  # the others' work is not thrown away

@@ -41,7 +41,7 @@ from .tasks import Circles, GaussianProcess, Glyphs, LinearGaussian, Omniglot, P
 Make = Callable[[HierarchicalModel], AbstractAdapter]
 SIX = ("NoPooling", "CompletePooling", "MAML", "ABML", "NUTS", "Exact")
 FOUR = ("NoPooling", "CompletePooling", "MAML", "ABML")
-WAYS, TASKS, QUERIES = 5, 8, (5, 15)  # of images: classes, tasks a step, and queries of each class in training and in the test
+WAYS, QUERIES, TASKS = 5, 5, 8  # of images: classes, queries of each class, and tasks a step
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
 
     ``learners``: name to constructor, in the order of the report; ``default``: which of them run unasked. ``steps``,
     ``learning_rate``: of Adam, the same for all; ``tasks_per_step``: as for `meta_train`. ``task_chunk``: how many held-out tasks
-    are adapted to at once, None for all.
+    are adapted to at once, None for all. ``compile``: as for `meta_train`.
     """
 
     title: str
@@ -64,6 +64,7 @@ class Recipe:
     notes: tuple[str, ...] = ()
     tasks_per_step: int | None = None
     task_chunk: int | None = None
+    compile: bool | str = "auto"
 
 
 # --- hierarchical regression: small programs, where the exact posterior is at hand
@@ -234,29 +235,29 @@ def _network_recipe(
 
 
 def _glyphs(seed: int = 0) -> Recipe:
-    train, test = (Glyphs(ways=WAYS, shots=1, test_shots=queries, seed=seed) for queries in QUERIES)
-    return image_recipe("Glyphs, 5-way 1-shot", train.split("train"), test.split("test"))
+    return image_recipe("Glyphs, 5-way 1-shot", Glyphs(ways=WAYS, shots=1, test_shots=QUERIES, seed=seed))
 
 
 def _omniglot(seed: int = 0, root: str | os.PathLike[str] | None = None) -> Recipe:
-    train, test = (Omniglot(root, rotations=True, ways=WAYS, shots=1, test_shots=queries, seed=seed) for queries in QUERIES)
-    return image_recipe("Omniglot (Lake's split), 5-way 1-shot", train.split("train"), test.split("test"))
+    family = Omniglot(root, rotations=True, ways=WAYS, shots=1, test_shots=QUERIES, seed=seed)
+    return image_recipe("Omniglot (Lake's split), 5-way 1-shot", family)
 
 
-def image_recipe(
-    title: str, train: Glyphs | Omniglot, test: Glyphs | Omniglot, *, filters: int = 32, blocks: int = 4, steps: int = 300
-) -> Recipe:
+def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, blocks: int = 4, steps: int = 300) -> Recipe:
     """Few-shot classification with one embedding for all: four blocks of convolutions, whose weights start the same in every learner.
 
     φ is all weights for MAML, its first-order form, Reptile and the ensemble; class means for ProtoNet; the last layer, on features
     that are θ's, for all others. Batch norm is by the set at hand, so all are transductive.
     """
-    shape, ways = train.image_shape, train.ways
+    shape, ways = family.image_shape, family.ways
     features, likelihood = convolutional(shape, filters=filters, blocks=blocks), Categorical(ways)
     whole = nn.Sequential(*features, nn.Linear(filters, ways))
     model = HierarchicalModel.from_network(WeightNetwork(whole, batch_norm="task"), likelihood)
     prototypes = HierarchicalModel.from_network(PrototypeNetwork(features, filters, ways, batch_norm="task"), likelihood)
-    head = HierarchicalModel.from_network(HeadNetwork(features, filters, ways, batch_norm="task"), likelihood)
+    network = HeadNetwork(features, filters, ways, batch_norm="task")
+    head = HierarchicalModel.from_network(network, likelihood)
+    # what q may reach is a few prior sds: as wide as weights have to be to tell classes apart
+    wide, middling = (HierarchicalModel.from_network(network, likelihood, NormalPrior.of(network, scale)) for scale in (1.0, 0.5))
 
     def last(make: Make, on: HierarchicalModel = head) -> Make:
         return lambda model: make(copy.deepcopy(on))
@@ -268,21 +269,22 @@ def image_recipe(
         "FOMAML": lambda model: MAML(model, inner_steps=1, inner_lr=0.4, adapt_steps=3, first_order=True),
         "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.1),
         "ANIL": last(lambda model: MAML(model, inner_steps=5, inner_lr=0.4)),
-        "BlackBox": last(BlackBox),
+        "BlackBox": last(BlackBox, wide),
         "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=1, inner_lr=0.4, adapt_steps=3), size=3),
         "LLAMA": last(lambda model: LLAMA(model, inner_steps=5, inner_lr=0.4, curvature="last_layer", hessian="gauss_newton")),
-        "ABML": last(lambda model: ABML(model, inner_steps=5, inner_lr=1.0, step_units="prior")),
-        "BMAML": last(lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=0.1, objective="predictive")),
+        "ABML": last(lambda model: ABML(model, inner_steps=5, inner_lr=1.5, kl_weight=0.1, step_units="prior"), middling),
+        "BMAML": last(lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=0.3, objective="predictive"), wide),
         "PLATIPUS": last(lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.4)),
-        "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, objective="predictive")),
+        "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, objective="predictive"), wide),
     }
     notes = (
-        f"The embedding is small, for CPUs: {blocks} blocks of {filters} filters, where the papers have 4 of 64, trained for {steps} steps "
-        f"of {TASKS} tasks, where they take 60,000 of 32.",
+        f"The embedding is small and training short, for CPUs: {blocks} blocks of {filters} filters and {TASKS} tasks a step, "
+        "where the papers have 4 of 64 and 60,000 steps of 32. All learners take the same number of steps.",
     )
     return Recipe(
-        title=title, train=train, test=test, model=model, learners=learners, default=tuple(learners), steps=steps, learning_rate=2e-3,
-        notes=notes, tasks_per_step=TASKS, task_chunk=50,
+        title=title, train=family.split("train"), test=family.split("test"), model=model, learners=learners, default=tuple(learners),
+        steps=steps, learning_rate=2e-3, notes=notes, tasks_per_step=TASKS, task_chunk=50,
+        compile=False,  # convolutions go through tasks one by one: large graphs, compiled in minutes
     )  # fmt: skip
 
 

@@ -27,10 +27,13 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def tiny(ways=3):
-    letters = Glyphs(size=SIZE, ways=ways, shots=1, test_shots=2)
+def tiny_letters(ways=3):
+    return Glyphs(size=SIZE, ways=ways, shots=1, test_shots=2)
+
+
+def tiny():
     torch.manual_seed(0)
-    return image_recipe("Letters", letters.split("train"), letters.split("test"), filters=4, blocks=2, steps=2)
+    return image_recipe("Letters", tiny_letters(), filters=4, blocks=2, steps=2)
 
 
 def omniglot(folder):
@@ -91,7 +94,7 @@ def test_prototypes_learn_letters_in_a_few_steps():
     """Well above chance, and above the embedding as it starts."""
     letters = Glyphs(size=14, ways=5, shots=1, test_shots=5)
     torch.manual_seed(0)
-    recipe = image_recipe("Letters", letters.split("train"), letters.split("test"), filters=8, blocks=2)
+    recipe = image_recipe("Letters", letters, filters=8, blocks=2)
     learner = recipe.learners["ProtoNet"](recipe.model)
     held_out = recipe.test.sample(100, generator=seeded(1))
 
@@ -117,7 +120,8 @@ def small(monkeypatch):
         def recipe(seed=0, **options):
             full = make(seed, **options)
             torch.manual_seed(seed)
-            return dataclasses.replace(image_recipe(full.title, full.train, full.test, filters=2), tasks_per_step=2)
+            few = image_recipe(full.title, tiny_letters(ways=5), filters=2, blocks=2)
+            return dataclasses.replace(few, train=full.train, test=full.test, tasks_per_step=2)
 
         return recipe
 
