@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("learner", choices=SETTINGS)
     parser.add_argument("--root", help="the folder of Omniglot's data (default: that of the environment variable BAYESMETA_DATA)")
     parser.add_argument("--shots", type=int, default=1)
+    parser.add_argument("--test-shots", type=int, help="of the test alone; default: as --shots. A trained run is tested again")
     parser.add_argument("--full", action="store_true", help="the paper's length and width; meant for --device cuda")
     parser.add_argument("--device", help="cuda, say")
     parser.add_argument("--seed", type=int, default=0)
@@ -117,7 +118,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     run = f"{options.learner}-{WAYS}way-{options.shots}shot" + "-full" * options.full + f"-seed{options.seed}"
     checkpoint = options.out / f"{run}.checkpoint"
-    every = bm.tasks.Omniglot(options.root, splits="vinyals", rotations=True, ways=WAYS, shots=options.shots)
+    test_shots = options.test_shots or options.shots
+    every = bm.tasks.Omniglot(options.root, splits="vinyals", rotations=True, ways=WAYS, shots=test_shots)
     train = bm.tasks.Omniglot(
         options.root, splits="vinyals", rotations=True, ways=s.ways, shots=options.shots, test_shots=s.queries
     ).split("train")  # fmt: skip
@@ -136,11 +138,13 @@ def main() -> None:
         print(f"step {history.steps:6}  {seconds:5.0f} s  loss {loss:.4f}  validation accuracy "
               f"{percent[0]:.2f}% ({percent[1]:.2f} to {percent[2]:.2f})", flush=True)  # fmt: skip
     found = scores(learner, every.split("test"), options.episodes)
-    with (options.out / f"{run}.csv").open("w", newline="") as file:
+    tested = run if test_shots == options.shots else f"{run}-tested-with-{test_shots}"
+    with (options.out / f"{tested}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["learner", "ways", "shots", "steps", "training_seconds", "metric", "estimate", "lower", "upper"])
+        writer.writerow(["learner", "ways", "shots", "test_shots", "steps", "training_seconds", "metric", "estimate", "lower", "upper"])
         for metric, values in found.items():
-            writer.writerow([options.learner, WAYS, options.shots, s.steps, f"{seconds:.1f}", metric, *(f"{v:.5f}" for v in values)])
+            settings = [options.learner, WAYS, options.shots, test_shots, s.steps, f"{seconds:.1f}"]
+            writer.writerow([*settings, metric, *(f"{v:.5f}" for v in values)])
             scale, unit = (100, "%") if metric in ("accuracy", "ece") else (1, "")
             print(f"{metric:9} {scale * values[0]:.3f}{unit} ({scale * values[1]:.3f} to {scale * values[2]:.3f})")
     print(f"{seconds:.0f} s of training ({1000 * seconds / max(s.steps, 1):.0f} ms a step)", flush=True)

@@ -182,4 +182,4 @@ def test_the_benchmark_runs_and_goes_on(learner, tmp_path, monkeypatch, capsys):
         printed.append(capsys.readouterr().out)
     assert next(line for line in printed[0].splitlines() if line.startswith("accuracy")) in printed[1]
     rows = (tmp_path / "out" / f"{learner}-5way-1shot-seed0.csv").read_text().splitlines()
-    assert [row.split(",")[5] for row in rows] == ["metric", "accuracy", "nll", "brier", "ece"]
+    assert [row.split(",")[6] for row in rows] == ["metric", "accuracy", "nll", "brier", "ece"]
