@@ -22,6 +22,8 @@ families:
   sinusoid                           MAML's sine curves, with a neural network (minutes)
   sine-or-line, circles              ambiguous on purpose: who sees both explanations? (ten learners, about half an hour)
   gp-rbf, gp-matern, gp-periodic     draws of Gaussian processes, scored by their distance to the exact predictive
+  glyphs                             letters nobody has seen, by one image each (13 learners, about ten minutes; nothing to download)
+  omniglot                           the same of handwritten characters, from --root or the folder that BAYESMETA_DATA names
   FILE.csv                           your own table: --group --features --target
 
 examples:
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, help="training steps of each learner (default: the family's own)")
     one.add_argument("--seed", type=int, default=0, help="seed of everything: data splits, initial weights, training, draws (default: 0)")
     one.add_argument("--tasks", type=int, help="how many held-out tasks of an endless family (default: 1000)")
+    one.add_argument("--root", type=Path, metavar="FOLDER", help="the data of omniglot (default: what BAYESMETA_DATA names)")
     one.add_argument("--out", type=Path, help="folder for the report (default: runs/FAMILY)")
     table = one.add_argument_group("a CSV file", "one row a measurement, with a header line; each group is a task")
     table.add_argument("--group", nargs="+", metavar="COLUMN", help="the column, or columns, that say which group a row belongs to")
@@ -101,8 +104,8 @@ def _compare(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)  # say so now, not after minutes of work
     try:
         report = compare(
-            family, learners=_names(options.learners), steps=options.steps, seed=options.seed, num_tasks=options.tasks, say=say,
-            progress=False if options.quiet else None,
+            family, learners=_names(options.learners), steps=options.steps, seed=options.seed, num_tasks=options.tasks, root=options.root,
+            say=say, progress=False if options.quiet else None,
         )  # fmt: skip
     except BaseException:
         if new:

@@ -16,7 +16,7 @@ import torch
 
 from .evaluation import DEFAULT_TASKS, evaluate
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
-from .recipes import FAMILIES, RECIPES, panel_recipe
+from .recipes import FAMILIES, RECIPES, Recipe, panel_recipe
 from .report import Report
 from .tasks import Panel
 from .training import History, TrainingError, meta_train
@@ -24,22 +24,24 @@ from .training import History, TrainingError, meta_train
 
 def compare(
     family: str | Panel = "radon", *, learners: Sequence[str] | None = None, steps: int | None = None, seed: int = 0,
-    num_tasks: int | None = None, say: Callable[[str], None] | None = None, progress: bool | None = None,
+    num_tasks: int | None = None, root: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None,
+    progress: bool | None = None,
 ) -> Report:
     """Trains the learners on one family's training tasks and reports on its held-out ones.
 
-    ``family``: "radon", "sinusoid", "sine-or-line", "circles", "linear-gaussian", "gp-rbf", "gp-matern", "gp-periodic", or a `Panel`
-    (hierarchical regression on its features). ``learners``: names, ("all",), or by default those that suit the family. ``steps``: of
-    training, instead of the recipe's. ``seed``: of everything. ``num_tasks``: how many held-out tasks at most. ``say``: told what is
-    going on, a line at a time.
+    ``family``: "radon", "sinusoid", "sine-or-line", "circles", "linear-gaussian", "gp-rbf", "gp-matern", "gp-periodic", "glyphs",
+    "omniglot", or a `Panel` (hierarchical regression on its features). ``learners``: names, ("all",), or by default those that suit the
+    family. ``steps``: of training, instead of the recipe's. ``seed``: of everything. ``num_tasks``: how many held-out tasks at most.
+    ``root``: the folder of Omniglot's data, by default that of the environment variable BAYESMETA_DATA. ``say``: told what is going on,
+    a line at a time.
 
     A learner whose training fails is left out, and the report says so. Raises ValueError with the nearest name for an unknown family
-    or learner, TrainingError where no learner is left.
+    or learner, FileNotFoundError where Omniglot's data are not, TrainingError where no learner is left.
     """
     say = say or (lambda line: None)
     with torch.random.fork_rng():  # networks draw their first weights from torch's global stream
         torch.manual_seed(seed)
-        recipe = panel_recipe(family) if isinstance(family, Panel) else RECIPES[checked_choice("family", family, FAMILIES)](seed)
+        recipe = panel_recipe(family) if isinstance(family, Panel) else _recipe(family, seed, root)
     asked = list(recipe.learners) if learners is not None and list(learners) == ["all"] else (learners or recipe.default)
     names = [checked_choice("learners", name, tuple(recipe.learners)) for name in asked]
     if num_tasks is not None:
@@ -55,7 +57,8 @@ def compare(
             assert isinstance(learner, AbstractMetaLearner)
             try:
                 histories[name] = meta_train(
-                    learner, recipe.train, steps=recipe.steps if steps is None else steps, generator=torch.Generator().manual_seed(seed),
+                    learner, recipe.train, steps=recipe.steps if steps is None else steps, tasks_per_step=recipe.tasks_per_step,
+                    generator=torch.Generator().manual_seed(seed), compile=recipe.compile,
                     optimizer=lambda params: torch.optim.Adam(params, recipe.learning_rate), clip=10.0, progress=progress,
                 )  # fmt: skip
             except TrainingError as error:  # the others' work is not thrown away
@@ -77,7 +80,17 @@ def compare(
     return evaluate(
         {name: trained[name] for name in recipe.learners if name in trained}, recipe.test, num_tasks=num_tasks, seed=seed,
         title=recipe.title, notes=tuple(notes), histories={name: h for name, h in histories.items() if h.loss},
+        task_chunk=recipe.task_chunk,
     )  # fmt: skip
+
+
+def _recipe(family: str, seed: int, root: str | os.PathLike[str] | None) -> Recipe:
+    make = RECIPES[checked_choice("family", family, FAMILIES)]
+    if root is None:
+        return make(seed)
+    if family != "omniglot":
+        raise ValueError(f"root: the folder of Omniglot's data, of no use to {family!r}")
+    return make(seed, root=root)
 
 
 def _how_many(family: Any, num_tasks: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .episodes import Points
+from .image_networks import convolutional
 from .learners import (
     ABML,
     BMAML,
@@ -25,18 +27,21 @@ from .learners import (
     CompletePooling,
     Ensemble,
     Exact,
+    MatchingNet,
     NoPooling,
+    ProtoNet,
     Reptile,
 )
 from .learners.base import AbstractAdapter
-from .likelihoods import Bernoulli, Gaussian
+from .likelihoods import Bernoulli, Categorical, Gaussian
 from .model import HierarchicalModel
-from .networks import DecoderNetwork, NormalPrior, WeightNetwork
-from .tasks import Circles, GaussianProcess, LinearGaussian, Panel, SineOrLine, Sinusoid, TaskFamily
+from .networks import DecoderNetwork, HeadNetwork, NormalPrior, PrototypeNetwork, WeightNetwork
+from .tasks import Circles, GaussianProcess, Glyphs, LinearGaussian, Omniglot, Panel, SineOrLine, Sinusoid, TaskFamily
 
 Make = Callable[[HierarchicalModel], AbstractAdapter]
 SIX = ("NoPooling", "CompletePooling", "MAML", "ABML", "NUTS", "Exact")
 FOUR = ("NoPooling", "CompletePooling", "MAML", "ABML")
+WAYS, QUERIES, TASKS = 5, 5, 8  # of images: classes, queries of each class, and tasks a step
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Recipe:
     """One comparison: where tasks come from, the model, and how each learner is made and trained.
 
     ``learners``: name to constructor, in the order of the report; ``default``: which of them run unasked. ``steps``,
-    ``learning_rate``: of Adam, the same for all.
+    ``learning_rate``: of Adam, the same for all; ``tasks_per_step``: as for `meta_train`. ``task_chunk``: how many held-out tasks
+    are adapted to at once, None for all. ``compile``: as for `meta_train`.
     """
 
     title: str
@@ -56,6 +62,9 @@ class Recipe:
     steps: int
     learning_rate: float
     notes: tuple[str, ...] = ()
+    tasks_per_step: int | None = None
+    task_chunk: int | None = None
+    compile: bool | str = "auto"
 
 
 # --- hierarchical regression: small programs, where the exact posterior is at hand
@@ -222,8 +231,66 @@ def _network_recipe(
     )  # fmt: skip
 
 
-RECIPES: dict[str, Callable[[int], Recipe]] = {
+# --- images
+
+
+def _glyphs(seed: int = 0) -> Recipe:
+    return image_recipe("Glyphs, 5-way 1-shot", Glyphs(ways=WAYS, shots=1, test_shots=QUERIES, seed=seed))
+
+
+def _omniglot(seed: int = 0, root: str | os.PathLike[str] | None = None) -> Recipe:
+    family = Omniglot(root, rotations=True, ways=WAYS, shots=1, test_shots=QUERIES, seed=seed)
+    return image_recipe("Omniglot (Lake's split), 5-way 1-shot", family)
+
+
+def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, blocks: int = 4, steps: int = 300) -> Recipe:
+    """Few-shot classification with one embedding for all: four blocks of convolutions, whose weights start the same in every learner.
+
+    φ is all weights for MAML, its first-order form, Reptile and the ensemble; class means for ProtoNet; the last layer, on features
+    that are θ's, for all others. Batch norm is by the set at hand, so all are transductive.
+    """
+    shape, ways = family.image_shape, family.ways
+    features, likelihood = convolutional(shape, filters=filters, blocks=blocks), Categorical(ways)
+    whole = nn.Sequential(*features, nn.Linear(filters, ways))
+    model = HierarchicalModel.from_network(WeightNetwork(whole, batch_norm="task"), likelihood)
+    prototypes = HierarchicalModel.from_network(PrototypeNetwork(features, filters, ways, batch_norm="task"), likelihood)
+    network = HeadNetwork(features, filters, ways, batch_norm="task")
+    head = HierarchicalModel.from_network(network, likelihood)
+    # what q may reach is a few prior sds: as wide as weights have to be to tell classes apart
+    wide, middling = (HierarchicalModel.from_network(network, likelihood, NormalPrior.of(network, scale)) for scale in (1.0, 0.5))
+
+    def last(make: Make, on: HierarchicalModel = head) -> Make:
+        return lambda model: make(copy.deepcopy(on))
+
+    learners: dict[str, Make] = {
+        "ProtoNet": last(ProtoNet, prototypes),
+        "MatchingNet": last(lambda model: MatchingNet(model, temperature=0.1, learn_temperature=True), prototypes),
+        "MAML": lambda model: MAML(model, inner_steps=1, inner_lr=0.4, adapt_steps=3),
+        "FOMAML": lambda model: MAML(model, inner_steps=1, inner_lr=0.4, adapt_steps=3, first_order=True),
+        "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.1),
+        "ANIL": last(lambda model: MAML(model, inner_steps=5, inner_lr=0.4)),
+        "BlackBox": last(BlackBox, wide),
+        "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=1, inner_lr=0.4, adapt_steps=3), size=3),
+        "LLAMA": last(lambda model: LLAMA(model, inner_steps=5, inner_lr=0.4, curvature="last_layer", hessian="gauss_newton")),
+        "ABML": last(lambda model: ABML(model, inner_steps=5, inner_lr=1.5, kl_weight=0.1, step_units="prior"), middling),
+        "BMAML": last(lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=0.3, objective="predictive"), wide),
+        "PLATIPUS": last(lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.4)),
+        "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, objective="predictive"), wide),
+    }
+    notes = (
+        f"The embedding is small and training short, for CPUs: {blocks} blocks of {filters} filters and {TASKS} tasks a step, "
+        "where the papers have 4 of 64 and 60,000 steps of 32. All learners take the same number of steps.",
+    )
+    return Recipe(
+        title=title, train=family.split("train"), test=family.split("test"), model=model, learners=learners, default=tuple(learners),
+        steps=steps, learning_rate=2e-3, notes=notes, tasks_per_step=TASKS, task_chunk=50,
+        compile=False,  # convolutions go through tasks one by one: large graphs, compiled in minutes
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
     "radon": _radon, "sinusoid": _sinusoid, "sine-or-line": _sine_or_line, "circles": _circles, "linear-gaussian": _linear_gaussian,
     "gp-rbf": _gaussian_process("rbf"), "gp-matern": _gaussian_process("matern52"), "gp-periodic": _gaussian_process("periodic"),
+    "glyphs": _glyphs, "omniglot": _omniglot,
 }  # fmt: skip
 FAMILIES = tuple(RECIPES)
