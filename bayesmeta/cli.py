@@ -22,7 +22,7 @@ families:
   sinusoid                           MAML's sine curves, with a neural network (minutes)
   sine-or-line, circles              ambiguous on purpose: who sees both explanations? (ten learners, about half an hour)
   gp-rbf, gp-matern, gp-periodic     draws of Gaussian processes, scored by their distance to the exact predictive
-  glyphs                             letters nobody has seen, by one image each (13 learners, about ten minutes; nothing to download)
+  glyphs                             letters nobody has seen, by one image each (13 learners, ten minutes of one core; nothing to download)
   omniglot                           the same of handwritten characters, from --root or the folder that BAYESMETA_DATA names
   FILE.csv                           your own table: --group --features --target
 

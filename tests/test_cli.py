@@ -193,7 +193,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sinusiod"], "'gp-periodic', got 'sinusiod'; did you mean 'sinusoid'?"),
+        (["sinusiod"], "'omniglot', got 'sinusiod'; did you mean 'sinusoid'?"),
         (["Radon"], "did you mean 'radon'?"),
         (["RADON"], "did you mean 'radon'?"),
         (["linear_gaussian"], "did you mean 'linear-gaussian'?"),
