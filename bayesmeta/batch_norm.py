@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 POLICIES = ("task", "running", "none")
 MOMENTUM = 0.1  # the share of a step's tasks in the moving average, torch's default
@@ -118,8 +117,9 @@ class BatchNorms(nn.Module):
                 for layer in self.layers:
                     layer.seen = None
 
-        points = mask.sum(1)
-        found = [pooled(of_layer, points) for of_layer in vmap(moments)(phi, x, mask)]
+        tasks = [moments(*task) for task in zip(phi, x, mask, strict=True)]  # vmap knows no convolutions of images with channels last
+        layers = [(torch.stack([m for m, _ in of_tasks]), torch.stack([v for _, v in of_tasks])) for of_tasks in zip(*tasks, strict=True)]
+        found = [pooled(of_layer, mask.sum(1)) for of_layer in layers]
         for old, new in ((self.mean, [m for m, _ in found]), (self.variance, [v for _, v in found])):
             old.lerp_(torch.cat(new).to(old), MOMENTUM)
 

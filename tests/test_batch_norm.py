@@ -166,6 +166,15 @@ def test_training_moves_them_and_nothing_else_does(kind):
     assert not any("batch_norms" in name for name, _ in learner.named_parameters())
 
 
+def test_two_convolutions_behind_each_other():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, WAYS)]
+    network = WeightNetwork(nn.Sequential(*layers), batch_norm="running")
+    learner = bm.learners.MAML(bm.HierarchicalModel.from_network(network, bm.likelihoods.Categorical(WAYS)).double())
+    bm.meta_train(learner, episode(), steps=2, compile=False)
+    assert (learner.model.network.batch_norms.variance - 1).abs().min() > 1e-3
+
+
 def test_running_statistics_settle_on_the_data():
     own = model("head", "running")
     own.materialise(episode())
