@@ -47,8 +47,8 @@ def rewritten(module: GraphModule) -> GraphModule:
             copied[node].target = aten.reshape.default
     whole = GraphModule(module, graph)
     for node in list(graph.nodes):
-        if _is_transpose(node) and (flipped := _flipped(node.args[0])) is not None:
-            node.replace_all_uses_with(flipped)
+        if _is_transpose(node) and _can_flip(node.args[0]):
+            node.replace_all_uses_with(_flipped(node.args[0]))
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _is_large(*node.args[-2:]):
@@ -59,30 +59,8 @@ def rewritten(module: GraphModule) -> GraphModule:
     return whole
 
 
-def _flipped(node: Node) -> Node | None:
-    """A node, put in behind ``node``, that is its transpose and costs no more; None where there is none such."""
-    if node.op != "call_function" or isinstance(node.target, str):
-        return None
-    if _is_transpose(node):
-        inner: Node = node.args[0]  # type: ignore[assignment]
-        return inner
-    if len(node.users) > 1:  # somebody wants it as it is: no second product for that
-        return None
-    graph, args = node.graph, list(node.args)
-    if node.target in PRODUCTS:
-        with graph.inserting_after(node):
-            return _noted(graph.call_function(node.target, (_transposed(args[1], node), _transposed(args[0], node))), node)
-    if not _can_flip(node):
-        return None
-    args = [_flipped(arg) if isinstance(arg, Node) else arg for arg in args]
-    if node.target == aten.reshape.default:
-        *leading, rows, columns = _shape(node)
-        args[1] = [*leading, columns, rows]
-    with graph.inserting_after(node):
-        return _noted(graph.call_function(node.target, tuple(args)), node)
-
-
 def _can_flip(node: Any) -> bool:
+    """Whether the transpose of a node costs no more than the node, which nobody wants as it is."""
     if node.op != "call_function":
         return False
     if _is_transpose(node):
@@ -96,6 +74,22 @@ def _can_flip(node: Any) -> bool:
         only_leading = min(len(before), len(after)) >= 2 and before[-2:] == after[-2:]
         return only_leading and _can_flip(node.args[0])
     return node.target in SUMS and all(_shape(arg) == _shape(node) and _can_flip(arg) for arg in node.args if isinstance(arg, Node))
+
+
+def _flipped(node: Any) -> Node:
+    """The transpose of a node that can be flipped, put in behind it."""
+    if _is_transpose(node):
+        inner: Node = node.args[0]
+        return inner
+    if node.target in PRODUCTS:
+        args: list[Any] = [_transposed(operand, node) for operand in reversed(node.args)]
+    else:
+        args = [_flipped(arg) if isinstance(arg, Node) else arg for arg in node.args]
+    if node.target == aten.reshape.default:
+        *leading, rows, columns = _shape(node)
+        args[1] = [*leading, columns, rows]
+    with node.graph.inserting_after(node):
+        return _noted(node.graph.call_function(node.target, tuple(args)), node)
 
 
 def _transposed(operand: Any, before: Node) -> Node:
