@@ -32,6 +32,7 @@ WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse
         "_linalg_slogdet", "_linalg_det", "geqrf", "ormqr",
     )
 )  # fmt: skip
+SHORT = 2000  # operations
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -52,8 +53,10 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     on_gpu = any(v.is_cuda for v in inputs)
     inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
     copied = rewritten(module)
-    # on a CPU what calls the kernels is compiled too, which was a fifth of a short step; operations without a door in C stay with Python
-    options = {"fallback_random": True, "cpp_wrapper": not on_gpu and not any(_is_pythons(node) for node in copied.graph.nodes)}
+    # on a CPU what calls the kernels is compiled too, which was a fifth of a short step; of a long one it takes minutes to compile, and
+    # operations without a door in C stay with Python
+    short = len(copied.graph.nodes) <= SHORT and not any(_is_pythons(node) for node in copied.graph.nodes)
+    options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu}
     with warnings.catch_warnings():  # the compiler's remarks on itself
         warnings.simplefilter("ignore")
         run: Any = torch._inductor.compile(copied, [*inputs], options=options)
