@@ -16,9 +16,10 @@ from .evaluation import evaluate
 from .full_bayes import sample_theta
 from .learners.base import AbstractAdapter, AbstractMetaLearner
 from .model import HierarchicalModel
-from .posteriors import FunctionPosterior, MixturePosterior, Particles, TaskPosterior
+from .posteriors import FunctionPosterior, MixturePosterior, Particles, TaskPosterior, TemperedPosterior
 from .predictive import Predictive
 from .report import Report
+from .robustness import out_of_episode, under_shift
 from .survey import ModelError
 from .tasks import TaskFamily
 from .training import History, TrainingError, meta_train
@@ -40,6 +41,7 @@ __all__ = [
     "Report",
     "TaskFamily",
     "TaskPosterior",
+    "TemperedPosterior",
     "TrainingError",
     "compare",
     "evaluate",
@@ -48,7 +50,9 @@ __all__ = [
     "meta_train",
     "metrics",
     "networks",
+    "out_of_episode",
     "plots",
     "sample_theta",
     "tasks",
+    "under_shift",
 ]

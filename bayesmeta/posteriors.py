@@ -310,7 +310,35 @@ class FunctionPosterior:
         return lambda: None
 
 
-Posterior = TaskPosterior | MixturePosterior | FunctionPosterior
+class TemperedPosterior:
+    """``posterior`` with its predicted class probabilities p made p^(1/T) / Σ p^(1/T), T = ``temperature``; φ's distribution is untouched.
+
+    T > 1 takes confidence away, T < 1 gives some; which class is the likeliest stays. Everything but `predict` and `select` is the
+    posterior's own.
+    """
+
+    def __init__(self, posterior: Posterior, temperature: float) -> None:
+        self.posterior, self.temperature = posterior, temperature
+        self.diagnostics = {**getattr(posterior, "diagnostics", {}), "temperature": temperature}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "posterior":  # not there yet while it is unpickled or copied
+            raise AttributeError(name)
+        return getattr(self.posterior, name)
+
+    def select(self, tasks: list[int]) -> TemperedPosterior:
+        """The posterior of the chosen tasks, in that order."""
+        return TemperedPosterior(self.posterior.select(tasks), self.temperature)
+
+    def predict(
+        self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None, mask: Tensor | None = None
+    ) -> Predictive:
+        """The tempered mixture, as one component: temperature is for the answer, so no part of its entropy is φ's any more."""
+        log_probs = self.posterior.predict(x, n, generator=generator, mask=mask).log_probs()
+        return Predictive(dist.Categorical(logits=log_probs[None] / self.temperature))
+
+
+Posterior = TaskPosterior | MixturePosterior | FunctionPosterior | TemperedPosterior
 
 
 class Mixture(dist.TorchDistribution):

@@ -92,6 +92,11 @@ class Predictive:
         """Class probabilities ``(T, N, C)``, averaged over draws; C = 2 for a Bernoulli. Raises where y is no class."""
         return self._class_probs().mean(0)
 
+    def log_probs(self) -> Tensor:
+        """log `probs`, ``(T, N, C)``, by log-mean-exp over draws: finite where a probability is too small for a float."""
+        shape = self.probs.shape
+        return torch.stack([self.log_prob(torch.full(shape[:-1], c)) for c in range(shape[-1])], -1)
+
     def log_prob(self, y: Tensor) -> Tensor:
         """log of the mixture's density at ``y (T, N)`` (or ``(T, N, *O)``), ``(T, N)``: log-mean-exp over draws."""
         y = self._target(y)

@@ -277,12 +277,18 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
         "PLATIPUS": last(lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.4)),
         "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, objective="predictive"), wide),
     }
+    default = tuple(learners)
+    learners |= {  # the same with all weights as φ: slower
+        "LLAMA-all": lambda model: LLAMA(model, inner_steps=1, inner_lr=0.4, curvature="diagonal", hessian="gauss_newton", adapt_steps=3),
+        "ABML-all": lambda model: ABML(model, inner_steps=3, inner_lr=1.5, kl_weight=0.1, step_units="prior"),
+        "BMAML-all": lambda model: BMAML(model, num_particles=3, inner_steps=1, inner_lr=0.01, objective="predictive", adapt_steps=3),
+    }
     notes = (
         f"The embedding is small and training short, for CPUs: {blocks} blocks of {filters} filters and {TASKS} tasks a step, "
         "where the papers have 4 of 64 and 60,000 steps of 32. All learners take the same number of steps.",
     )
     return Recipe(
-        title=title, train=family.split("train"), test=family.split("test"), model=model, learners=learners, default=tuple(learners),
+        title=title, train=family.split("train"), test=family.split("test"), model=model, learners=learners, default=default,
         steps=steps, learning_rate=2e-3, notes=notes, tasks_per_step=TASKS, task_chunk=50,
         compile=False,  # convolutions go through tasks one by one: large graphs, compiled in minutes
     )  # fmt: skip

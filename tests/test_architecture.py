@@ -51,6 +51,7 @@ MAY_IMPORT = {
         "compiled", "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth",
         "__version__",
     },
+    "robustness": {"evaluation", "learners.base", "metrics", "tasks"},
     "image_networks": set(),
     "recipes": {"episodes", "image_networks", "learners", "likelihoods", "model", "networks", "tasks"},
     "comparison": {"evaluation", "learners.base", "recipes", "report", "tasks", "training"},

@@ -21,6 +21,7 @@ NAMES = [
     "ProtoNet", "MatchingNet", "MAML", "FOMAML", "Reptile", "ANIL", "BlackBox", "Ensemble", "LLAMA", "ABML", "BMAML", "PLATIPUS",
     "BayesianBlackBox",
 ]  # fmt: skip
+ALL_WEIGHTS = ["LLAMA-all", "ABML-all", "BMAML-all"]
 
 
 def seeded(seed=0):
@@ -54,11 +55,11 @@ def omniglot(folder):
 
 def test_the_learners_and_which_run_unasked():
     recipe = tiny()
-    assert list(recipe.learners) == NAMES and recipe.default == tuple(NAMES)
+    assert list(recipe.learners) == NAMES + ALL_WEIGHTS and recipe.default == tuple(NAMES)
     assert {"glyphs", "omniglot"} <= set(comparison.FAMILIES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + ALL_WEIGHTS)
 def test_every_learner_trains_adapts_and_predicts(name):
     recipe = tiny()
     learner = recipe.learners[name](recipe.model)

@@ -16,8 +16,9 @@ from .nuts import NUTS
 from .platipus import PLATIPUS
 from .proto_net import ProtoNet
 from .reptile import Reptile
+from .temperature_scaling import TemperatureScaling
 
 __all__ = [
     "ABML", "BMAML", "LLAMA", "MAML", "NUTS", "PLATIPUS", "AbstractAdapter", "AbstractMetaLearner", "BayesianBlackBox", "BlackBox",
-    "CompletePooling", "Ensemble", "Exact", "MatchingNet", "NoPooling", "ProtoNet", "Reptile",
+    "CompletePooling", "Ensemble", "Exact", "MatchingNet", "NoPooling", "ProtoNet", "Reptile", "TemperatureScaling",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from bayesmeta.plots.confidence import Reliability, reliability, reliability_dia
 from bayesmeta.plots.explanations import explained_draws, explained_grid, explained_key
 from bayesmeta.plots.intervals import metric_intervals
 from bayesmeta.plots.maps import map_grid, probability_map
+from bayesmeta.plots.shift import confidence_under_shift, severity_curves
 from bayesmeta.plots.shrinkage import shrinkage
 from bayesmeta.plots.style import Look, looks, new_figure
 from bayesmeta.plots.training import loss_curve, running_median
@@ -28,6 +29,7 @@ __all__ = [
     "bands_key",
     "calibration_curve",
     "calibration_grid",
+    "confidence_under_shift",
     "coverage",
     "explained_draws",
     "explained_grid",
@@ -46,5 +48,6 @@ __all__ = [
     "reliability_diagram",
     "reliability_grid",
     "running_median",
+    "severity_curves",
     "shrinkage",
 ]

@@ -8,11 +8,12 @@ from bayesmeta.tasks.glyphs import Glyphs
 from bayesmeta.tasks.linear_gaussian import LinearGaussian
 from bayesmeta.tasks.omniglot import Omniglot
 from bayesmeta.tasks.panel import Panel
-from bayesmeta.tasks.shift import Shifted, shifted
+from bayesmeta.tasks.shift import SHIFTS, Shifted, shifted
 from bayesmeta.tasks.sine_or_line import SineOrLine
 from bayesmeta.tasks.sinusoid import Sinusoid
 
 __all__ = [
+    "SHIFTS",
     "AbstractFewShot",
     "Circles",
     "Detection",

@@ -47,6 +47,11 @@ MAP = SimpleNamespace(
     support_y=np.ones(1),
 )
 STEPS = np.arange(100)
+SHIFTS = [
+    {"shift": "blur", "severity": severity, "learner": "a", "metric": metric, "estimate": 0.5, "lower": 0.4, "upper": 0.6}
+    for severity in (0, 1)
+    for metric in ("accuracy", "confidence", "ece")
+]
 
 SINGLE = {
     "calibration_curve": lambda ax: plots.calibration_curve(PITS, ax=ax),
@@ -66,6 +71,8 @@ GRIDS = {
     "reliability_grid": lambda: plots.reliability_grid({"a": PROBS}, {"a": LABELS}),
     "bands_grid": lambda: plots.bands_grid({"a": [BAND], "b": [BAND]})[0],
     "explained_grid": lambda: plots.explained_grid({"a": [BAND], "b": [BAND]}),
+    "severity_curves": lambda: plots.severity_curves(SHIFTS),
+    "confidence_under_shift": lambda: plots.confidence_under_shift(SHIFTS),
     "map_grid": lambda: plots.map_grid([MAP], {"a": [MAP], "b": [MAP]}),
 }
 
