@@ -8,7 +8,7 @@ import re
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -82,17 +82,18 @@ class Omniglot(AbstractFewShot):
         test_shots: Size = 15,
         seed: int = 0,
         size: int = 28,
+        transform: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Omniglot:
         """Few tasks, one for each alphabet, of 5 of its characters: 30 to train on and 20 to test on (Rothfuss et al. 2021).
 
-        ``seed`` draws the characters. No rotations, and no task across alphabets.
+        ``seed`` draws the characters; ``transform`` as in `AbstractFewShot`. No rotations, and no task across alphabets.
         """
         drawings = _drawings(root, size, False)
         family = cls.__new__(cls)
         AbstractFewShot.__init__(
             family, drawings.data, _split_of(drawings, "lake", seed), ways=ways, shots=shots, test_shots=test_shots, seed=seed,
-            one_task_per_group=True, dtype=dtype,
+            one_task_per_group=True, transform=transform, dtype=dtype,
         )  # fmt: skip
         return family
 
