@@ -6,7 +6,7 @@ and without any points it gives a learned answer. What each is, with f_j the fea
     DeepSet     ρ( 1/N Σ_j g(f_j), 1/N Σ_j f_j, log(1 + N) )          Zaheer et al. 2017, eq. 4; Garnelo et al. 2018, eq. 1
     Recurrent   ρ( 1/K Σ_k last state of a GRU or LSTM, log(1 + N) )  memory-augmented in spirit (Santoro et al. 2016)
     Attention   ρ( a learned query's attention, log(1 + N) )          self-attention over points first (Mishra et al. 2018 in spirit)
-    PerClass    the first one's means over each class's points       no y in f_j; for VERSA's heads (Gordon et al. 2019)
+    PerClass    DeepSet's means and count of each class by itself     f_j without y; no ρ. As in VERSA (Gordon et al. 2019)
 
 f_j is x flattened and y (classes one-hot, counts as log(1 + y)); with at most `PRODUCTS_UP_TO` numbers all their products of two as well,
 whose means are a linear-Gaussian model's sufficient statistics. Where the model's network has features of its own (`HeadNetwork`,
