@@ -269,13 +269,13 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
         "FOMAML": lambda model: MAML(model, inner_steps=1, inner_lr=0.4, adapt_steps=3, first_order=True),
         "Reptile": lambda model: Reptile(model, inner_steps=5, inner_lr=0.1),
         "ANIL": last(lambda model: MAML(model, inner_steps=5, inner_lr=0.4)),
-        "BlackBox": last(BlackBox, wide),
+        "BlackBox": last(lambda model: BlackBox(model, encoder="per_class"), wide),
         "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=1, inner_lr=0.4, adapt_steps=3), size=3),
         "LLAMA": last(lambda model: LLAMA(model, inner_steps=5, inner_lr=0.4, curvature="last_layer", hessian="gauss_newton")),
         "ABML": last(lambda model: ABML(model, inner_steps=5, inner_lr=1.5, kl_weight=0.1, step_units="prior"), middling),
         "BMAML": last(lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=0.3, objective="predictive"), wide),
         "PLATIPUS": last(lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.4)),
-        "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, objective="predictive"), wide),
+        "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, encoder="per_class", objective="predictive"), wide),  # VERSA
     }
     default = tuple(learners)
     learners |= {  # the same with all weights as φ: slower

@@ -9,8 +9,15 @@
 
 b and t start small and r near 1, so that an untrained q is near the prior; without points u ~ N(0, I) exactly, whatever was learned, and
 q is the prior, where that is an independent Normal. For a linear-Gaussian model the best "diagonal" and "full" are of this form. φ is
-what the model says: a latent code (`DecoderNetwork`: a neural process, Garnelo et al. 2018b), a head on shared features (`HeadNetwork`:
-VERSA, Gordon et al. 2019), the sites of a user's program, all weights. Four objectives:
+what the model says: a latent code (`DecoderNetwork`: a neural process, Garnelo et al. 2018b), a head on shared features (`HeadNetwork`),
+the sites of a user's program, all weights.
+
+``encoder="per_class"`` goes another way, VERSA's (Gordon et al. 2019), for classes alone: the weights of each by one network for all,
+
+    e_c = encoder({ j ∈ S : y_j = c }),   u_c ~ N( μ(e_c), diag r(e_c)² ),   u_c ~ N(0, I) without points of c     (see `per_class`)
+
+with a `HeadNetwork` or `PrototypeNetwork`, a `Categorical` likelihood and a "diagonal" posterior; the paper's objective is "predictive".
+Where labels are drawn anew for every task it learns in a fraction of the steps. Four objectives:
 
     "elbo"            −E_{q(φ|A)}[ log p(A | φ) ] + w KL( q(φ|A) ‖ p(φ|θ) )       the same A on both sides: its optimum is p(φ | A, θ)
     "lecture"         −E_{q(φ|S)}[ log p(Q | φ) ] + w KL( q(φ|S) ‖ p(φ|θ) )       its optimum is not p(φ | S, θ): see below
@@ -24,10 +31,10 @@ precision λ it is (λ + n i)^−½ where, after N support points, the posterior
 
 | argument | symbol | |
 |---|---|---|
-| encoder | e | "deep_set", "recurrent", "attention", or an encoder of `bayesmeta.learners.encoders` |
+| encoder | e | "deep_set", "recurrent", "attention", for classes "per_class", or an encoder of `bayesmeta.learners.encoders` |
 | hidden | H | width of the named encoder and of the layers behind it |
 | objective | | above |
-| posterior | | "diagonal", "full" or "flow" |
+| posterior | | "diagonal", "full" or "flow"; "diagonal" alone with encoder="per_class" |
 | num_draws | M | draws of φ a task; default 10 for "predictive", else 1 |
 | kl_weight | w | weight of the KL; 1 for a bound |
 | min_scale | | floor under q's sd in any direction (of a flow, under its last scale), in prior sds |
@@ -60,19 +67,24 @@ from .encoders import (
     Factors,
     FlowNormal,
     Head,
+    PerClass,
     cholesky,
     make_encoder,
     positive,
     pseudo_posterior,
     random_part,
 )  # fmt: skip
+from .per_class import ClassHead, check_model
 
 OBJECTIVES = ("elbo", "lecture", "neural_process", "predictive")
 POSTERIORS = ("diagonal", "full", "flow")
 
 
 class BayesianBlackBox(AbstractMetaLearner):
-    """Amortised variational inference; see the module's docstring for the maths and the arguments."""
+    """Amortised variational inference; see the module's docstring for the maths and the arguments.
+
+    Raises ValueError for an argument out of range, and with ``encoder="per_class"`` for a model or posterior of another kind.
+    """
 
     def __init__(
         self, model: HierarchicalModel, *, encoder: str | AbstractEncoder = "deep_set", hidden: int = 64, objective: str = "elbo",
@@ -86,11 +98,18 @@ class BayesianBlackBox(AbstractMetaLearner):
             raise ValueError(f"min_scale: expected a number between 0 and 1, in prior sds, got {min_scale}")
         self.kl_weight, self.min_scale, self.subsets = kl_weight, min_scale, subsets
         self.encoder = make_encoder(encoder, hidden)
-        self.factors = Factors(self.encoder, hidden)
-        if self.kind == "flow":
-            self.flow = ConditionalFlow(self.encoder.size, hidden, floor=min_scale)
+        self.head: Head | ClassHead
+        if isinstance(self.encoder, PerClass):
+            check_model(model)
+            if self.kind != "diagonal":
+                raise ValueError(f"posterior: expected 'diagonal' with encoder='per_class', whose classes are apart, got {posterior!r}")
+            self.shift, self.head = (ClassHead(self.encoder, hidden, linear=linear) for linear in (True, False))
         else:
-            self.head = Head(self.encoder, hidden)
+            self.factors = Factors(self.encoder, hidden)
+            if self.kind == "flow":
+                self.flow = ConditionalFlow(self.encoder.size, hidden, floor=min_scale)
+            else:
+                self.head = Head(self.encoder, hidden)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
         """q(φ | S_i); nothing is drawn."""
@@ -124,7 +143,10 @@ class BayesianBlackBox(AbstractMetaLearner):
         mean, sd = self.model.prior_moments(points)
         f, seen = self.encoder.points(points), points.mask.any(1)[:, None].to(mean)
         encoding = self.encoder.encode(points, f)
-        u, spread = pseudo_posterior(*self.factors(f, encoding, points.mask), mean_field=self.kind != "full")
+        if isinstance(self.encoder, PerClass):
+            u, spread = self.shift(encoding), torch.ones_like(mean)
+        else:
+            u, spread = pseudo_posterior(*self.factors(f, encoding, points.mask), mean_field=self.kind != "full")
         loc, floor = mean + sd * u, self.min_scale**2
         if self.kind == "flow":
             flow = copy.deepcopy(self.flow).requires_grad_(False) if frozen else self.flow

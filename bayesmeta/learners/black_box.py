@@ -8,6 +8,10 @@ q(φ | S_i) is a Delta at φ_i; without support points it is at m_θ. What φ is
 (`HeadNetwork`), all weights, or the sites of a user's program. The encoder's kinds are after Garnelo et al. 2018 (deep set), Santoro et al.
 2016 (recurrent) and Mishra et al. 2018 (attention); those two read a sequence, here a set is read, whose order does not matter.
 
+``encoder="per_class"`` makes each class's weights from that class's points alone, by one network for all classes, as VERSA does (Gordon et
+al. 2019; see `per_class`): for a `HeadNetwork` or `PrototypeNetwork` with a `Categorical` likelihood. A class without points has m_θ. Where
+labels are drawn anew for every task the other encoders have to learn first that classes can change places; this one cannot do otherwise.
+
 ``predictive_head=True`` does without φ (conditional neural process, Garnelo et al. 2018, eq. 1–3): with a model made by `from_network`
 
     p(y | x, S_i) = likelihood( h(e_i, x) ),   h a network that puts out as many numbers as the model's own
@@ -16,9 +20,9 @@ trained by the same loss; the posterior is a `FunctionPosterior`. The encoder's 
 
 | argument | symbol | |
 |---|---|---|
-| encoder | | "deep_set", "recurrent", "attention", or an encoder of `bayesmeta.learners.encoders` |
+| encoder | | "deep_set", "recurrent", "attention", for classes "per_class", or an encoder of `bayesmeta.learners.encoders` |
 | hidden | H | width of the named encoder and of the layers behind it |
-| predictive_head | | no φ: from encoding and x to the likelihood's parameters |
+| predictive_head | | no φ: from encoding and x to the likelihood's parameters; not with encoder="per_class" |
 """
 
 from __future__ import annotations
@@ -34,12 +38,16 @@ from ..posteriors import FunctionPosterior, TaskPosterior, delta
 from ..predictive import Predictive
 from ..randomness import rng
 from .base import AbstractMetaLearner
-from .encoders import AbstractEncoder, Head, make_encoder
+from .encoders import AbstractEncoder, Head, PerClass, make_encoder
 from .objectives import counts, mean_nll
+from .per_class import ClassHead, check_model
 
 
 class BlackBox(AbstractMetaLearner):
-    """Black-box adaptation to a point; see the module's docstring for the maths and the arguments."""
+    """Black-box adaptation to a point; see the module's docstring for the maths and the arguments.
+
+    Raises ValueError for ``predictive_head`` or ``encoder="per_class"`` with a model of another kind, and for both at once.
+    """
 
     def __init__(
         self, model: HierarchicalModel, *, encoder: str | AbstractEncoder = "deep_set", hidden: int = 64, predictive_head: bool = False
@@ -51,7 +59,14 @@ class BlackBox(AbstractMetaLearner):
                 "got a user's program, whose likelihood takes φ: use predictive_head=False"
             )
         self.encoder, self.predictive_head = make_encoder(encoder, hidden), predictive_head
-        self.head = Head(self.encoder, hidden, _num_outputs if predictive_head else None, with_inputs=predictive_head)
+        self.head: Head | ClassHead
+        if isinstance(self.encoder, PerClass):
+            check_model(model)
+            if predictive_head:
+                raise ValueError("predictive_head: expected False with encoder='per_class', which makes each class's part of φ, got True")
+            self.head = ClassHead(self.encoder, hidden, linear=True)
+        else:
+            self.head = Head(self.encoder, hidden, _num_outputs if predictive_head else None, with_inputs=predictive_head)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior | FunctionPosterior:
         """A Delta at φ_i, at `initial` without support points; with ``predictive_head`` a `FunctionPosterior`."""

@@ -6,6 +6,7 @@ and without any points it gives a learned answer. What each is, with f_j the fea
     DeepSet     ρ( 1/N Σ_j g(f_j), 1/N Σ_j f_j, log(1 + N) )          Zaheer et al. 2017, eq. 4; Garnelo et al. 2018, eq. 1
     Recurrent   ρ( 1/K Σ_k last state of a GRU or LSTM, log(1 + N) )  memory-augmented in spirit (Santoro et al. 2016)
     Attention   ρ( a learned query's attention, log(1 + N) )          self-attention over points first (Mishra et al. 2018 in spirit)
+    PerClass    DeepSet's means and count of each class by itself     f_j without y; no ρ. As in VERSA (Gordon et al. 2019)
 
 f_j is x flattened and y (classes one-hot, counts as log(1 + y)); with at most `PRODUCTS_UP_TO` numbers all their products of two as well,
 whose means are a linear-Gaussian model's sufficient statistics. Where the model's network has features of its own (`HeadNetwork`,
@@ -227,7 +228,33 @@ class Attention(AbstractEncoder):
         return self.mixes[k](scaled_dot_product_attention(q, key, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2))
 
 
-ENCODERS: dict[str, Callable[[int], AbstractEncoder]] = {"deep_set": DeepSet, "recurrent": Recurrent, "attention": Attention}
+class PerClass(AbstractEncoder):
+    """The deep set's means over each class's points alone, one g for all classes: ``(T, C, H)``, where others give ``(T, H)``.
+
+    For classes and a network with features of its own, which g sees without y: see `bayesmeta.learners.per_class`. ``hidden``: width of g.
+    """
+
+    def __init__(self, hidden: int = 64) -> None:
+        super().__init__(hidden)
+
+    def make(self, size: int) -> None:
+        """Makes g."""
+        inputs = self.points.num_inputs
+        self.each = mlp(inputs, self.size, self.size)
+        self.size += inputs + 1  # what is put out: means of g and of the features, and a count
+
+    def encode(self, points: Points, f: Tensor) -> Tensor:
+        """``f (T, N, F)`` to ``(T, C, H)``; of a class without points zeros."""
+        x, y = f[..., : self.points.num_inputs], f[..., self.points.num_inputs :][..., : self.points.num_targets]
+        members = torch.where(points.mask[..., None], y, 0.0)
+        n = members.sum(1)[..., None]
+        mean = members.mT @ torch.cat([self.each(x), x], -1) / n.clamp(min=1)
+        return torch.cat([mean, n.log1p()], -1)
+
+
+ENCODERS: dict[str, Callable[[int], AbstractEncoder]] = {
+    "deep_set": DeepSet, "recurrent": Recurrent, "attention": Attention, "per_class": PerClass,
+}  # fmt: skip
 
 
 def make_encoder(encoder: str | AbstractEncoder, hidden: int) -> AbstractEncoder:

@@ -36,7 +36,12 @@ LEARNERS = {
     "MatchingNet on a head": lambda: MatchingNet(head(), attention="squared_distance", temperature=0.5, learn_temperature=True),
     "ANIL": lambda: MAML(head(), inner_steps=2, inner_lr=0.3),
     "BlackBox, predictive head": lambda: BlackBox(head(), hidden=8, predictive_head=True),
-    "VERSA": lambda: BayesianBlackBox(head(), hidden=8, objective="predictive"),
+    "BlackBox, class by class": lambda: BlackBox(prototypes(), encoder="per_class", hidden=8),
+    "BayesianBlackBox": lambda: BayesianBlackBox(head(), hidden=8, objective="predictive"),
+    "VERSA": lambda: BayesianBlackBox(head(), encoder="per_class", hidden=8, objective="predictive"),
+    "VERSA on prototypes, elbo": lambda: BayesianBlackBox(prototypes(), encoder="per_class", hidden=8),
+    "VERSA, lecture": lambda: BayesianBlackBox(head(), encoder="per_class", hidden=8, objective="lecture"),
+    "VERSA, neural process": lambda: BayesianBlackBox(head(), encoder="per_class", hidden=8, objective="neural_process"),
 }
 NEEDS_EVERY_CLASS = {"ProtoNet", "MatchingNet", "MatchingNet on a head"}
 NO_PHI = {"MatchingNet", "MatchingNet on a head", "BlackBox, predictive head"}

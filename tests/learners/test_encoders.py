@@ -16,6 +16,7 @@ from bayesmeta.learners.encoders import (
     DeepSet,
     FlowNormal,
     Head,
+    PerClass,
     PointFeatures,
     Recurrent,
     make_encoder,
@@ -238,7 +239,8 @@ def test_bad_arguments_are_named():
         Recurrent(8, orders=0)
     given = DeepSet(5)
     assert make_encoder(given, 64) is given
-    assert [type(make_encoder(n, 8)) for n in ("deep_set", "recurrent", "attention")] == [DeepSet, Recurrent, Attention]
+    names = ("deep_set", "recurrent", "attention", "per_class")
+    assert [type(make_encoder(n, 8)) for n in names] == [DeepSet, Recurrent, Attention, PerClass]
 
 
 def test_a_head_starts_near_zero(float64):
