@@ -41,7 +41,7 @@ def compare(
     say = say or (lambda line: None)
     with torch.random.fork_rng():  # networks draw their first weights from torch's global stream
         torch.manual_seed(seed)
-        recipe = panel_recipe(family) if isinstance(family, Panel) else _recipe(family, seed, root)
+        recipe = _recipe(family, seed, root)
     asked = list(recipe.learners) if learners is not None and list(learners) == ["all"] else (learners or recipe.default)
     names = [checked_choice("learners", name, tuple(recipe.learners)) for name in asked]
     if num_tasks is not None:
@@ -84,13 +84,13 @@ def compare(
     )  # fmt: skip
 
 
-def _recipe(family: str, seed: int, root: str | os.PathLike[str] | None) -> Recipe:
-    make = RECIPES[checked_choice("family", family, FAMILIES)]
-    if root is None:
-        return make(seed)
-    if family != "omniglot":
-        raise ValueError(f"root: the folder of Omniglot's data, of no use to {family!r}")
-    return make(seed, root=root)
+def _recipe(family: str | Panel, seed: int, root: str | os.PathLike[str] | None) -> Recipe:
+    name = "a table" if isinstance(family, Panel) else checked_choice("family", family, FAMILIES)
+    if root is not None and name != "omniglot":
+        raise ValueError(f"root: the folder of Omniglot's data, of no use to {name}")
+    if isinstance(family, Panel):
+        return panel_recipe(family)
+    return RECIPES[name](seed) if root is None else RECIPES[name](seed, root=root)
 
 
 def _how_many(family: Any, num_tasks: int | None) -> int:

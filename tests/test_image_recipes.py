@@ -14,7 +14,7 @@ from bayesmeta.cli import main
 from bayesmeta.comparison import RECIPES
 from bayesmeta.learners import ProtoNet
 from bayesmeta.recipes import image_recipe
-from bayesmeta.tasks import Glyphs
+from bayesmeta.tasks import Glyphs, Panel
 
 SIZE = 10
 NAMES = [
@@ -158,8 +158,10 @@ def test_omniglot_without_data_is_one_plain_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_root_for_another_family_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="root: the folder of Omniglot's data, of no use to 'radon'"):
+    with pytest.raises(ValueError, match="root: the folder of Omniglot's data, of no use to radon"):
         compare("radon", root=tmp_path)
+    with pytest.raises(ValueError, match="of no use to a table"):
+        compare(Panel.radon(), root=tmp_path)
 
 
 # --- the benchmark
