@@ -257,7 +257,10 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
     network = HeadNetwork(features, filters, ways, batch_norm="task")
     head = HierarchicalModel.from_network(network, likelihood)
     # what q may reach is a few prior sds: as wide as weights have to be to tell classes apart
-    wide, middling = (HierarchicalModel.from_network(network, likelihood, NormalPrior.of(network, scale)) for scale in (1.0, 0.5))
+    wide = HierarchicalModel.from_network(network, likelihood, NormalPrior.of(network, 1.0))
+    # ABML pays for what its noise does to the logits: features without what they have in common, all of one length
+    centred = HeadNetwork(nn.Sequential(*features, nn.LayerNorm(filters, elementwise_affine=False)), filters, ways, batch_norm="task")
+    even = HierarchicalModel.from_network(centred, likelihood, NormalPrior.of(centred, 0.2))
 
     def last(make: Make, on: HierarchicalModel = head) -> Make:
         return lambda model: make(copy.deepcopy(on))
@@ -272,7 +275,7 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
         "BlackBox": last(lambda model: BlackBox(model, encoder="per_class"), wide),
         "Ensemble": lambda model: Ensemble(model, lambda one: MAML(one, inner_steps=1, inner_lr=0.4, adapt_steps=3), size=3),
         "LLAMA": last(lambda model: LLAMA(model, inner_steps=5, inner_lr=0.4, curvature="last_layer", hessian="gauss_newton")),
-        "ABML": last(lambda model: ABML(model, inner_steps=5, inner_lr=1.5, kl_weight=0.1, step_units="prior"), middling),
+        "ABML": last(lambda model: ABML(model, inner_steps=5, inner_lr=5.0, kl_weight=0.1, step_units="prior"), even),
         "BMAML": last(lambda model: BMAML(model, num_particles=5, inner_steps=5, inner_lr=0.3, objective="predictive"), wide),
         "PLATIPUS": last(lambda model: PLATIPUS(model, inner_steps=5, inner_lr=0.4)),
         "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, encoder="per_class", objective="predictive"), wide),  # VERSA

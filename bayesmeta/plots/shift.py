@@ -30,6 +30,7 @@ from bayesmeta.plots.style import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
+LABELS = {"ece": "ECE", "nll": "NLL, nats a point", "brier": "Brier score"}
 
 
 def severity_curves(
@@ -51,8 +52,8 @@ def severity_curves(
             ax.plot(severity, estimate, color=colour, marker=marker, linestyle=dash, markersize=3.5, linewidth=1.3, zorder=2)
         ax.set_title(literal(kind), loc="left", fontsize=10)
         dress(ax, grid="y")
-    axes[0].set_ylim(finite_limits(*(values[1] for values in curves.values())))
-    share_labels(axes, x="severity", y=metric)
+    axes[0].set_ylim(finite_limits(*(values for each in curves.values() for values in each[1:])))
+    share_labels(axes, x="severity", y=LABELS.get(metric, metric))
     legend(axes[min(columns, len(axes)) - 1], {name: key(look[name]) for name in names})
     return axes
 
