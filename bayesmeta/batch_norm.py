@@ -168,7 +168,7 @@ class BatchNorms(nn.Module):
 
     @contextmanager
     def noting(self) -> Iterator[Notes]:
-        """Inside, what the network's first run at each inner step below K shows the layers is noted, and its first run after K steps."""
+        """Inside, what the layers are shown by the network's first run at each inner step below K, and by its first outside of a loop."""
         self.notes = {}
         try:
             yield self.notes

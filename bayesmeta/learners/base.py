@@ -23,7 +23,6 @@ class AbstractAdapter(nn.Module, ABC):
     model: HierarchicalModel
     members: Sequence[AbstractMetaLearner]
     why_eager: str | None = None  # why no step of it can be written down as a graph of operations, where that is so
-    loop_steps = 0  # K of its inner loop in training (`takes_steps`)
 
     def __init__(self, model: HierarchicalModel) -> None:
         super().__init__()
@@ -105,6 +104,8 @@ class AbstractAdapter(nn.Module, ABC):
 
 class AbstractMetaLearner(AbstractAdapter):
     """An adapter whose θ is learned: it states a loss for each task, and `bayesmeta.meta_train` moves θ."""
+
+    loop_steps = 0  # K of its inner loop in training (`takes_steps`)
 
     @abstractmethod
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
