@@ -4,22 +4,41 @@
                 own, so that a prediction hangs on the points it is made together with (transductive), as in MAML's experiments
     "running"   of the training tasks: a moving average that training renews after each step; a constant within a step, so that nothing
                 leaks from one point to another
+    "per_step"  the same for each inner step on its own, as MAML++ has it (Antoniou, Edwards & Storkey 2019, section 4): at step k < K by
+                what training tasks' points had at φ_k, and everywhere else, where predictions are made, by what they had at φ_K. Steps
+                beyond the K of training go by the latter, too. A learner without inner steps has one row, which is "running"
     "none"      no batch norm: the layer is left out
 
-Padding is no part of any of them. γ and β stay what they were, the network's own parameters; running means and variances are θ's.
+Padding is no part of any of them. γ and β stay what they were, the network's own parameters, of which "per_step" has one each: MAML++'s γ
+and β of their own for each step are not here. Running means and variances are θ's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-POLICIES = ("task", "running", "none")
+from .inner_loop import step_now
+
+POLICIES = ("task", "running", "per_step", "none")
+RUNNING = ("running", "per_step")
 MOMENTUM = 0.1  # the share of a step's tasks in the moving average, torch's default
 Moments = tuple[Tensor, Tensor]
+
+
+class Seen(NamedTuple):
+    """What a layer had of several sets: ``mean``, ``variance``, each ``(n, C)``, and how many points each set has, ``points (n,)``."""
+
+    mean: Tensor
+    variance: Tensor
+    points: Tensor
+
+
+Notes = dict[int, list[Seen]]  # of each row of the statistics, what every layer had
 
 
 class TaskBatchNorm(nn.Module):
@@ -37,7 +56,7 @@ class TaskBatchNorm(nn.Module):
         self.policy, self.eps, self.num_features = policy, layer.eps, layer.num_features
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("mask", torch.ones(1, dtype=torch.bool), persistent=False)
-        if policy == "running":
+        if policy in RUNNING:
             for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
                 self.register_buffer(name, torch.full((self.num_features,), value), persistent=False)
         self.seen: list[Moments] | None = None  # means and variances of what comes by, where someone asks for them
@@ -49,8 +68,8 @@ class TaskBatchNorm(nn.Module):
         if self.seen is not None or self.policy == "task":
             mean, variance = self._moments(x, here)
             if self.seen is not None:
-                self.seen.append((mean, variance))
-        if self.policy == "running":
+                self.seen.append((mean.detach(), variance.detach()))
+        if self.policy in RUNNING:
             mean, variance = self.running_mean, self.running_var
         scale = (variance + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
@@ -67,7 +86,7 @@ class TaskBatchNorm(nn.Module):
         """Mean and variance of the real points, each ``(C,)``; 0 and 1 without any. ``here``: the shape of either beside ``x``."""
         real = self.mask.expand(len(x))
         count = real.sum()
-        share = (real / count.clamp(min=1)).to(x)[:, None]
+        share = (real.to(x) / count.clamp(min=1))[:, None]  # not 1/N in torch's default dtype
         mean = (share * _each(x)).sum(0)
         variance = (share * _each((x - mean.view(here)).square())).sum(0)
         return mean, torch.where(count > 0, variance, 1.0)
@@ -76,7 +95,8 @@ class TaskBatchNorm(nn.Module):
 class BatchNorms(nn.Module):
     """All batch norms of ``module``: what they are handed at a call, and their running statistics.
 
-    ``one_task``: runs the module on one task, ``phi (D,)``, ``x (N, *I)``, ``mask (N,)``, with what `handed` gives.
+    ``one_task``: runs the module on one task, ``phi (D,)``, ``x (N, *I)``, ``mask (N,)``, with what `handed` gives. The statistics of all
+    layers, one behind the other, are ``(C,)`` under "running" and ``(K + 1, C)`` under "per_step".
     """
 
     mean: Tensor
@@ -88,44 +108,114 @@ class BatchNorms(nn.Module):
         self.names, self.layers, self.one_task = list(found), tuple(found.values()), one_task  # a tuple: not modules of this one
         self.sizes = [layer.num_features for layer in self.layers]
         self.policy = self.layers[0].policy if self.layers else None
-        if self.policy == "running":
-            self.register_buffer("mean", torch.zeros(sum(self.sizes)))
-            self.register_buffer("variance", torch.ones(sum(self.sizes)))
+        self.notes: Notes | None = None  # what comes by, while someone asks for it (`noting`)
+        if self.policy in RUNNING:
+            shape = (1, sum(self.sizes)) if self.policy == "per_step" else (sum(self.sizes),)
+            self.register_buffer("mean", torch.zeros(shape))
+            self.register_buffer("variance", torch.ones(shape))
+
+    @property
+    def steps(self) -> int:
+        """K, how many inner steps have statistics of their own."""
+        return len(self.mean) - 1 if self.policy == "per_step" else 0
+
+    def make_room(self, steps: int) -> None:
+        """Under "per_step": statistics for K = ``steps`` inner steps and for what comes after; further ones begin as the last.
+
+        Raises ValueError where another learner on this model has more steps: those in between would not be renewed.
+        """
+        if self.policy != "per_step" or not steps:
+            return
+        if steps < self.steps:
+            raise ValueError(
+                f"batch_norm='per_step': this model has statistics of {self.steps} inner steps, another learner's, and this one takes "
+                f"{steps}: give it a model of its own"
+            )
+        self.mean, self.variance = (torch.cat([v, v[-1:].expand(steps - self.steps, -1)]) for v in (self.mean, self.variance))
 
     def handed(self, mask: Tensor) -> dict[str, Tensor]:
         """The layers' buffers by name, for `torch.func.functional_call`; ``mask (N,)``: which points are real."""
         found = {f"{name}.mask": mask for name in self.names}
-        if self.policy == "running":
-            for name, mean, variance in zip(self.names, self.mean.split(self.sizes), self.variance.split(self.sizes), strict=True):
+        if self.policy in RUNNING:
+            layers = (self._row(v).split(self.sizes) for v in (self.mean, self.variance))
+            for name, mean, variance in zip(self.names, *layers, strict=True):
                 found |= {f"{name}.running_mean": mean, f"{name}.running_var": variance}
         return found
+
+    def _row(self, statistics: Tensor) -> Tensor:
+        """What holds at the inner step that runs, ``(C,)``."""
+        k = step_now()
+        if self.policy == "running":
+            return statistics
+        if isinstance(k, Tensor):
+            return statistics.index_select(0, k.clamp(max=self.steps).view(1))[0]
+        return statistics[self.steps if k is None else min(k, self.steps)]
 
     @torch.no_grad()
     def renew(self, phi: Tensor, x: Tensor, mask: Tensor) -> None:
         """After a step of training: running statistics move by `MOMENTUM` towards those of its tasks' points.
 
-        ``phi (T, D)``, ``x (T, N, *I)``, ``mask (T, N)``.
+        ``phi (T, D)``, ``x (T, N, *I)``, ``mask (T, N)``. Raises ValueError where each inner step has its own.
         """
+        if self.steps:
+            raise ValueError("batch_norm='per_step': the statistics of inner steps are renewed by the learner that takes them")
 
-        def moments(phi: Tensor, x: Tensor, mask: Tensor) -> list[Moments]:
+        def run() -> None:  # vmap knows no convolutions of images with channels last
+            for task in zip(phi, x, mask, strict=True):
+                self.one_task(*task)
+
+        self._move(0, self._watched(run, mask.sum(1))[1])
+
+    @contextmanager
+    def noting(self) -> Iterator[Notes]:
+        """Inside, what the layers are shown by the network's first run at each inner step below K, and by its first outside of a loop."""
+        self.notes = {}
+        try:
+            yield self.notes
+        finally:
+            self.notes = None
+
+    def noted(self, run: Callable[[], Tensor], points: Tensor) -> Tensor:
+        """``run()``, noted; it goes through sets of ``points (n,)`` one after the other."""
+        assert self.notes is not None
+        k = step_now()
+        assert not isinstance(k, Tensor)
+        row = self.steps if k is None else k
+        if row in self.notes or (k is not None and k >= self.steps):
+            return run()
+        out, self.notes[row] = self._watched(run, points)
+        return out
+
+    @torch.no_grad()
+    def renew_steps(self, notes: Sequence[Notes]) -> None:
+        """As `renew`, each inner step's by what was noted there; ``notes``: of one or more parts of the tasks."""
+        for row in range(self.steps + 1):
+            parts = [part[row] for part in notes if row in part]
+            self._move(row, [Seen(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in zip(*parts, strict=True)])
+
+    def _watched(self, run: Callable[[], Any], points: Tensor) -> tuple[Any, list[Seen]]:
+        for layer in self.layers:
+            layer.seen = []
+        try:
+            out = run()
+            return out, [_last_seen(layer.seen or [], points) for layer in self.layers]
+        finally:
             for layer in self.layers:
-                layer.seen = []
-            try:
-                self.one_task(phi, x, mask)
-                return [seen[-1] for layer in self.layers if (seen := layer.seen)]
-            finally:
-                for layer in self.layers:
-                    layer.seen = None
+                layer.seen = None
 
-        tasks = [moments(*task) for task in zip(phi, x, mask, strict=True)]  # vmap knows no convolutions of images with channels last
-        layers = [(torch.stack([m for m, _ in of_tasks]), torch.stack([v for _, v in of_tasks])) for of_tasks in zip(*tasks, strict=True)]
-        found = [pooled(of_layer, mask.sum(1)) for of_layer in layers]
-        for old, new in ((self.mean, [m for m, _ in found]), (self.variance, [v for _, v in found])):
-            old.lerp_(torch.cat(new).to(old), MOMENTUM)
+    def _move(self, row: int, layers: Sequence[Seen]) -> None:
+        """Sets whose φ has diverged count for nothing; without any others the statistics stay."""
+        for of_statistics, which in ((self.mean, 0), (self.variance, 1)):
+            old = of_statistics[row] if self.policy == "per_step" else of_statistics
+            for layer, values in zip(layers, old.split(self.sizes), strict=False):
+                fine = (layer.mean + layer.variance).isfinite().all(1)
+                mean, variance, points = (v[fine] for v in layer)
+                if bool(points.sum() > 0):
+                    values.lerp_(pooled((mean, variance), points)[which].to(values), MOMENTUM)
 
     def reset_parameters(self) -> None:
         """Mean 0 and variance 1, as `nn.BatchNorm2d` starts."""
-        if self.policy == "running":
+        if self.policy in RUNNING:
             self.mean.zero_()
             self.variance.fill_(1.0)
 
@@ -149,9 +239,18 @@ def with_policy(module: nn.Module, policy: str | None) -> nn.Module:
 def pooled(of_tasks: Moments, points: Tensor) -> Moments:
     """Mean and variance ``(C,)`` over the points of all tasks, from each task's own ``(T, C)`` and its number of points ``(T,)``."""
     mean, variance = of_tasks
-    share = (points / points.sum().clamp(min=1)).to(mean)[:, None]
+    share = (points.to(mean) / points.sum().clamp(min=1))[:, None]
     overall = (share * mean).sum(0)
     return overall, (share * (variance + (mean - overall).square())).sum(0)
+
+
+def _last_seen(seen: list[Moments], points: Tensor) -> Seen:
+    """Of each set what the layer had the last time, where it comes by several times; ``(0, C)`` where it never does."""
+    times = len(seen) // len(points)
+    kept = seen[times - 1 :: times] if times else []
+    if not kept:
+        return Seen(points.new_zeros(0, 1).float(), points.new_zeros(0, 1).float(), points[:0])
+    return Seen(torch.stack([mean for mean, _ in kept]), torch.stack([variance for _, variance in kept]), points)
 
 
 def _each(x: Tensor) -> Tensor:

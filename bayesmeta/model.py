@@ -16,6 +16,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
+from .batch_norm import RUNNING, BatchNorms
 from .episodes import Episode, Points
 from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, attach_leaf, site_normal
 from .network_program import NetworkProgram
@@ -640,13 +641,21 @@ class HierarchicalModel(nn.Module):
         """The network of a model made by `from_network`; None for a user's program."""
         return self.program.network if isinstance(self.program, NetworkProgram) else None
 
+    @property
+    def batch_norms(self) -> BatchNorms | None:
+        """Those of the network; None without one, or where it has none."""
+        return None if self.network is None else self.network.batch_norms
+
     def renew_statistics(self, data: Points | Episode) -> None:
-        """After a step of training on ``data``: running batch-norm statistics, if any, move towards those at φ's starting point."""
-        network = self.network
-        if network is not None and network.batch_norms is not None and network.batch_norms.policy == "running":
+        """After a step of training on ``data``: running batch-norm statistics, if any, move towards those at φ's starting point.
+
+        Raises ValueError where inner steps have their own: those are the learner's to renew (`AbstractMetaLearner.renew_statistics`).
+        """
+        norms = self.batch_norms
+        if norms is not None and norms.policy in RUNNING:
             with torch.no_grad():
                 points = self.prepare(data)
-                network.batch_norms.renew(self.initial(points), points.x, points.mask)
+                norms.renew(self.initial(points), points.x, points.mask)
 
     def reinitialise(self, seed: int, *, jitter: float = 0.1) -> None:
         """Another starting point for θ, drawn by ``seed``: for the members of an ensemble.

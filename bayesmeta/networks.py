@@ -51,9 +51,9 @@ class AbstractNetwork(nn.Module, ABC):
 class WeightNetwork(AbstractNetwork):
     """φ is all the weights of ``module``, any `nn.Module` that maps ``(N, *I)`` to ``(N, *O)`` deterministically.
 
-    The module's own weights are where φ starts; it is called functionally and never changed. ``batch_norm``: "task", "running" or "none",
-    what its batch norms normalise by (`bayesmeta.batch_norm`). Raises ValueError for a module without parameters, with dropout, or with
-    batch norm where ``batch_norm`` is None.
+    The module's own weights are where φ starts; it is called functionally and never changed. ``batch_norm``: "task", "running", "per_step"
+    or "none", what its batch norms normalise by (`bayesmeta.batch_norm`). Raises ValueError for a module without parameters, with dropout,
+    or with batch norm where ``batch_norm`` is None.
     """
 
     batch_norms: BatchNorms
@@ -94,6 +94,8 @@ class WeightNetwork(AbstractNetwork):
     def forward(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(*S, T, D)`` and ``(T, N, *I)`` to ``(*S, T, N, *O)``."""
         x, mask = _real(x, mask if self.batch_norms.names else None)
+        if self.batch_norms.notes is not None:
+            return self.batch_norms.noted(lambda: self._in_turn(phi, x, mask), mask.sum(1).repeat(phi.shape[:-2].numel()))
         if self._has_convolutions and x.device.type == "cpu":
             return self._in_turn(phi, x, mask)
         run = vmap(self._one)
@@ -125,7 +127,8 @@ class HeadNetwork(AbstractNetwork):
     """φ is a linear last layer on features that all tasks share: output = features(x) Wᵀ + b (ANIL, last-layer Bayes).
 
     ``features``: an `nn.Module` mapping ``(N, *I)`` to ``(N, F)``, whose weights are θ's. ``num_features``: F.
-    ``num_outputs``: O. ``batch_norm``: as for `WeightNetwork`; a copy of ``features`` is then taken.
+    ``num_outputs``: O. ``batch_norm``: as for `WeightNetwork`; a copy of ``features`` is then taken. Not "per_step" (ValueError): no inner
+    step changes the features, so it would be "running".
     """
 
     batch_norms: BatchNorms
@@ -274,6 +277,8 @@ class NormalPrior(nn.Module):
 
 
 def _features(features: nn.Module, batch_norm: str | None) -> nn.Module:
+    if batch_norm == "per_step":
+        raise ValueError("batch_norm: features that all tasks share are the same at every inner step: expected 'running', got 'per_step'")
     own = features if batch_norm is None else with_policy(copy.deepcopy(features), batch_norm)
     _check_deterministic(own)
     return own

@@ -1,9 +1,9 @@
 """A training step with an inner loop as five graphs whose size does not grow with K: backward from step to step, by hand.
 
     start    θ, data             → v_0                   what the loop starts from, and the step sizes where they are not all the same
-    step     θ, data, v_k        → v_k+1                 K times
+    step     θ, data, v_k, k     → v_k+1                 K times
     finish   θ, data, v_K        → losses, λ_K, ∂/∂θ     λ_k: the gradient of the loss in v_k
-    back     θ, data, v_k, λ_k+1 → λ_k, ∂/∂θ             K times, from the last to the first; it takes the step anew
+    back     θ, data, v_k, k, λ_k+1 → λ_k, ∂/∂θ          K times, from the last to the first; it takes the step anew
     end      θ, data, λ_0, Σ ∂/∂θ → ∂/∂θ                 and what else a step makes of its gradient
 
 What is kept from step to step is v_k and its noise. Every graph holds what stands before the loop again, as far as it has a use for it; so
@@ -77,15 +77,15 @@ class Sweep:
         sizes: list[Any] = [()] * self.inner_steps
         if self.own_sizes:
             values, sizes = values[:-1], [(size,) for size in values[-1]]
-        kept, count = [], len(values)
-        for size, own in zip(sizes, drawn, strict=True):
+        kept, count, numbers = [], len(values), list(torch.arange(self.inner_steps, device=values[0].device))
+        for k, size, own in zip(numbers, sizes, drawn, strict=True):
             kept.append(values)
-            values = self.runs["step"](*fixed, *values, *size, *common, *own)
+            values = self.runs["step"](*fixed, *values, *size, k, *common, *own)
         losses, loss, *found = self.runs["finish"](*fixed, *values, *common, *noise[first + self.inner_steps * each :])
         slopes, slopes_in_sizes = found[:count], []
         gradients = dict(zip(self.reached["finish"], found[count:], strict=True))
-        for size, own in zip(reversed(sizes), reversed(drawn), strict=True):
-            found = list(self.runs["back"](*fixed, *kept.pop(), *size, *slopes, *common, *own))
+        for k, size, own in zip(reversed(numbers), reversed(sizes), reversed(drawn), strict=True):
+            found = list(self.runs["back"](*fixed, *kept.pop(), *size, k, *slopes, *common, *own))
             slopes, found = found[:count], found[count:]
             if self.own_sizes:
                 slopes_in_sizes.append(found.pop(0))
@@ -135,10 +135,10 @@ class _Tracer:
     def sweep(self, spares: int) -> Sweep | None:
         values, self.common = self.traced(self.start)
         sizes = [values.pop()] if self.own_sizes else []
-        size = [every[0] for every in sizes]
+        size, k = [every[0] for every in sizes], torch.zeros((), dtype=torch.long, device=values[0].device)
         self.count = len(values)
-        _, each = self.traced(self.step, *values, *size)
-        back, again = self.traced(self.back, *values, *size, *values)
+        _, each = self.traced(self.step, *values, *size, k)
+        back, again = self.traced(self.back, *values, *size, k, *values)
         if (self.inner_steps - 1) * max(len(self.graphs[name].graph.nodes) for name in ("step", "back")) < spares:
             return None
         (losses, loss, *finish), _ = self.traced(self.finish, *values)
@@ -148,11 +148,11 @@ class _Tracer:
         _, none = self.traced(self.end, losses, loss, *values, *sizes, *(parts[i] for i in sorted(parts)), *self.extra)
         if len(again) != len(each) or none:
             raise NotOneLoop("it draws other noise in its derivatives")
-        k, taken = self.inner_steps, self.taken
+        taken = self.taken
         return Sweep(
-            k, self.graphs, self.graphs, len(self.fixed), len(self.extra), self.own_sizes, self.reached,
+            self.inner_steps, self.graphs, self.graphs, len(self.fixed), len(self.extra), self.own_sizes, self.reached,
             [self.draws[name] for name in ("start", "step", "finish")], (len(self.common), len(each)),
-            k * (taken["step"] - taken["start"]) + taken["finish"],
+            self.inner_steps * (taken["step"] - taken["start"]) + taken["finish"],
         )  # fmt: skip
 
     def traced(self, piece: Callable[..., list[Tensor]], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -173,13 +173,14 @@ class _Tracer:
         return [v.contiguous() for v in self.started(self.place(fixed))]
 
     def step(self, fixed: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
-        values, size = inputs[: self.count], inputs[self.count :]
-        return [v.contiguous() for v in once(self.place(fixed).losses, _leaves(values), *size)]
+        values, size, k = inputs[: self.count], inputs[self.count : -1], inputs[-1]
+        return [v.contiguous() for v in once(self.place(fixed).losses, _leaves(values), *size, k=k)]
 
     def back(self, fixed: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
-        placed, here = self.place(fixed), _leaves(inputs[: -self.count])
-        values, size = here[: self.count], here[self.count :]
-        return self.slopes("back", once(placed.losses, values, *size), inputs[-self.count :], here, placed.trained)
+        *here, k = inputs[: -self.count]
+        placed, leaves = self.place(fixed), _leaves(here)
+        values, size = leaves[: self.count], leaves[self.count :]
+        return self.slopes("back", once(placed.losses, values, *size, k=k), inputs[-self.count :], leaves, placed.trained)
 
     def finish(self, fixed: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
         placed, values = self.place(fixed), _leaves(inputs)

@@ -273,7 +273,7 @@ class _Run:
             loss = self.move(found, clip, number)
         if self.scheduler is not None:
             self.scheduler.step()
-        self.learner.model.renew_statistics(episode)
+        self.learner.renew_statistics(episode, generator=self.generator, task_chunk=self.gradient.task_chunk)
         self.history.loss.append(loss)
         return loss
 

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episodes", type=int, default=1000, help="of the test")
     parser.add_argument("--parts", type=int, default=5, help="points of the learning curve")
-    parser.add_argument("--batch-norm", choices=("task", "running", "none"), help="default: the learner's own")
+    parser.add_argument("--batch-norm", choices=("task", "running", "per_step", "none"), help="default: the learner's own")
     parser.add_argument("--pooled", action="store_true", default=None, help="halve by max-pooling instead of strides")
     parser.add_argument("--compile", choices=("auto", "yes", "no"))
     for number in ("steps", "tasks", "ways", "queries", "filters", "chunk"):

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "packing": {"randomness"},
     "episodes": set(),
     "convolutions": set(),
-    "batch_norm": set(),
+    "batch_norm": {"inner_loop"},
     "networks": {"convolutions", "batch_norm"},
     "likelihoods": set(),
     "predictive": {"packing", "randomness"},

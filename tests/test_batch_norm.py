@@ -224,7 +224,7 @@ def test_batch_norm_without_a_policy_is_refused(kind):
 
     with pytest.raises(ValueError, match=r"module '1' is BatchNorm2d: .*batch_norm='task'.*'running'.*'none'.*GroupNorm"):
         make(features())
-    with pytest.raises(ValueError, match="batch_norm: expected one of 'task', 'running', 'none' or None, got 'batch'"):
+    with pytest.raises(ValueError, match="batch_norm: expected one of 'task', 'running', 'per_step', 'none' or None, got 'batch'"):
         make(features(), batch_norm="batch")
     assert isinstance(features()[1], nn.BatchNorm2d)
 

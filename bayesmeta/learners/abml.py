@@ -56,6 +56,7 @@ class ABML(AbstractMetaLearner):
     ) -> None:  # fmt: skip
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
+        self.takes_steps(self.inner_steps)
         self.kl_weight, self.first_order, self.rank = kl_weight, first_order, checked_steps("rank", rank)
         self.num_draws, self.noise = checked_steps("num_draws", num_draws, least=1), checked_choice("noise", noise, KINDS)
         self.step_units = checked_choice("step_units", step_units, ("auto", "plain", "prior"))

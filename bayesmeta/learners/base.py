@@ -105,6 +105,8 @@ class AbstractAdapter(nn.Module, ABC):
 class AbstractMetaLearner(AbstractAdapter):
     """An adapter whose θ is learned: it states a loss for each task, and `bayesmeta.meta_train` moves θ."""
 
+    loop_steps = 0  # K of its inner loop in training (`takes_steps`)
+
     @abstractmethod
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """The objective for θ, one value a task, ``(T,)``; its mean over tasks is minimised.
@@ -115,6 +117,39 @@ class AbstractMetaLearner(AbstractAdapter):
     def global_loss(self) -> Tensor:
         """What θ adds once, not per task: −log p(θ), or KL(q(θ) ‖ p(θ)) where θ is variational; ``()``."""
         return self.model.global_loss()
+
+    def takes_steps(self, steps: int, adapt_steps: int | None = None) -> None:
+        """Says, once, that the learner's inner loop has K = ``steps`` steps (`bayesmeta.inner_loop`), and ``adapt_steps`` at test.
+
+        Under ``batch_norm="per_step"`` each has statistics of its own from here on. Raises ValueError for fewer ``adapt_steps`` than K: no
+        statistics are kept of predictions before the last step.
+        """
+        self.loop_steps, norms = steps, self.model.batch_norms
+        if norms is None or norms.policy != "per_step":
+            return
+        if adapt_steps is not None and adapt_steps < steps:
+            raise ValueError(
+                "adapt_steps: batch_norm='per_step' has statistics of predictions after all steps of training, not before: expected "
+                f"inner_steps or more, got {steps - adapt_steps} fewer"
+            )
+        norms.make_room(steps)
+
+    def renew_statistics(self, episode: Episode, *, generator: torch.Generator | None = None, task_chunk: int | None = None) -> None:
+        """After a step of training on ``episode``: running batch-norm statistics, if any, move towards those of its points.
+
+        Those of inner steps by another run of `meta_loss`: at step k < K of what the loop learns from, afterwards of what the loss is on.
+        ``generator``: is left as it is, its noise comes from a copy. ``task_chunk``: how many tasks are run at once; None: all.
+        """
+        norms = self.model.batch_norms
+        if norms is None or norms.policy != "per_step" or not self.loop_steps:
+            return self.model.renew_statistics(episode)
+        noise, notes, size = torch.Generator(), [], task_chunk or max(episode.num_tasks, 1)
+        noise.set_state((generator or torch.default_generator).get_state())
+        for first in range(0, episode.num_tasks, size):
+            with norms.noting() as seen:
+                self.meta_loss(episode.select(slice(first, first + size)), generator=noise)
+            notes.append(seen)
+        norms.renew_steps(notes)
 
     def run_guide(self, data: Points | Episode, q: Callable[[Points], Any]) -> None:
         """Inside a Pyro guide: samples θ's sites, and the task-level sites from ``q(support)`` under that θ.

@@ -65,6 +65,7 @@ class BMAML(AbstractMetaLearner):
         self.num_particles = checked_steps("num_particles", num_particles, least=1)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
         self.adapt_steps = inner_steps if adapt_steps is None else checked_steps("adapt_steps", adapt_steps)
+        self.takes_steps(self.inner_steps, self.adapt_steps)
         self.objective = checked_choice("objective", objective, OBJECTIVES)
         self.leader_steps = checked_steps("leader_steps", leader_steps, least=1)
         self.leader_lr = inner_lr if leader_lr is None else leader_lr
@@ -95,7 +96,7 @@ class BMAML(AbstractMetaLearner):
         with torch.enable_grad():
             fixed = starts.detach().requires_grad_()
             follower = self._steps(fixed, support, self.inner_steps, self.inner_lr)
-            leader = self._steps(follower, both, self.leader_steps, self.leader_lr, keep_graph=False)
+            leader = self._steps(follower, both, self.leader_steps, self.leader_lr, keep_graph=False, first=self.inner_steps)
             chaser = (follower - leader).square().sum((0, -1))
             (gradient,) = torch.autograd.grad(chaser.sum(), fixed, retain_graph=True)
         # the first term's gradient reaches the starting points alone, the second's everything else
@@ -107,10 +108,12 @@ class BMAML(AbstractMetaLearner):
         log_density = Predictive(self.model.predict(phi, query.x, query.mask)).log_prob(query.y)
         return -torch.where(query.mask, log_density, 0.0).sum(-1) / counts(query)
 
-    def _steps(self, start: Tensor, points: Points, steps: int, step_size: float, *, keep_graph: bool = True) -> Tensor:
+    def _steps(
+        self, start: Tensor, points: Points, steps: int, step_size: float, *, keep_graph: bool = True, first: int = 0
+    ) -> Tensor:
         return transport(
             lambda phi: self.model.log_joint(phi, points), start, steps=steps, step_size=step_size, bandwidth=self.bandwidth,
-            first_order=self.first_order, keep_graph=keep_graph,
+            first_order=self.first_order, keep_graph=keep_graph, first=first,
         )  # fmt: skip
 
     def _starts(self, points: Points) -> Tensor:

@@ -72,6 +72,7 @@ class LLAMA(AbstractMetaLearner):
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
         self.adapt_steps = inner_steps if adapt_steps is None else checked_steps("adapt_steps", adapt_steps)
+        self.takes_steps(self.inner_steps, self.adapt_steps)
         self.objective = checked_choice("objective", objective, ("paper", "evidence"))
         self.curvature, self.hessian = checked_kind(curvature, model.network), checked_choice("hessian", hessian, HESSIANS)
         for name, value in (("damping", damping), ("eta", eta)):

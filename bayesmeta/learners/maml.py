@@ -41,6 +41,7 @@ class MAML(AbstractMetaLearner):
         super().__init__(model)
         self.inner_steps = checked_steps("inner_steps", inner_steps)
         self.adapt_steps = inner_steps if adapt_steps is None else checked_steps("adapt_steps", adapt_steps)
+        self.takes_steps(self.inner_steps, self.adapt_steps)
         self.inner_lr, self.first_order = inner_lr, first_order
         self.learn_lr = "scalar" if learn_lr is True else learn_lr
         if self.learn_lr:

@@ -55,6 +55,7 @@ class PLATIPUS(AbstractMetaLearner):
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
         self.adapt_steps = inner_steps if adapt_steps is None else checked_steps("adapt_steps", adapt_steps)
+        self.takes_steps(self.inner_steps + 1, self.adapt_steps + 1)  # the shift is a step, too
         if not kl_weight >= 0:
             raise ValueError(f"kl_weight: expected a number of at least 0, got {kl_weight}")
         self.shift_lr = inner_lr if shift_lr is None else shift_lr
@@ -98,7 +99,7 @@ class PLATIPUS(AbstractMetaLearner):
     def _adapted(self, start: Tensor, support: Points, steps: int, *, keep_graph: bool) -> Tensor:
         alpha: list[Tensor | float] = [self.inner_lr] * steps
         (phi,) = descend(
-            lambda phi: mean_nll(self.model, phi, support), (start,), alpha, first_order=self.first_order, keep_graph=keep_graph
+            lambda phi: mean_nll(self.model, phi, support), (start,), alpha, first_order=self.first_order, keep_graph=keep_graph, first=1
         )
         return phi
 

@@ -39,6 +39,7 @@ class Reptile(AbstractMetaLearner):
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps, least=2), inner_lr
         self.adapt_steps = inner_steps if adapt_steps is None else checked_steps("adapt_steps", adapt_steps)
+        self.takes_steps(self.inner_steps, self.adapt_steps)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> TaskPosterior:
         """A Delta at φ after ``adapt_steps`` steps; without support points, at `initial`."""

@@ -72,12 +72,12 @@ def direction(particles: Tensor, score: Tensor, bandwidth: str | float = "scalar
 
 def transport(
     log_density: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, step_size: float, bandwidth: str | float = "scalar",
-    first_order: bool = False, keep_graph: bool = True,
+    first_order: bool = False, keep_graph: bool = True, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """``steps`` Stein steps of size ε = ``step_size`` from ``start (M, T, D)`` on ``log_density: (M, T, D) -> (M, T)``.
 
     Second order differentiates through every step; ``first_order`` takes every step as a constant, so that the result moves as
-    ``start`` does; ``keep_graph=False`` cuts the result off from ``start`` altogether.
+    ``start`` does; ``keep_graph=False`` cuts the result off from ``start`` altogether. ``first``: the first step's number.
     """
     second_order = keep_graph and not first_order
 
@@ -89,7 +89,7 @@ def transport(
         move = size * direction(phi if second_order else phi.detach(), score, bandwidth)
         return ((phi if keep_graph else phi.detach()) + move,)
 
-    (phi,) = repeat(step, (start if keep_graph else start.detach(),), [step_size] * steps, whole=not keep_graph)
+    (phi,) = repeat(step, (start if keep_graph else start.detach(),), [step_size] * steps, whole=not keep_graph, first=first)
     return phi
 
 

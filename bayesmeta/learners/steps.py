@@ -11,13 +11,14 @@ from ..inner_loop import Values, repeat
 
 
 def descend(
-    loss: Callable[..., Tensor], start: Values, step_sizes: list[Tensor | float], *, first_order: bool = False, keep_graph: bool = True
-) -> Values:
+    loss: Callable[..., Tensor], start: Values, step_sizes: list[Tensor | float], *, first_order: bool = False, keep_graph: bool = True,
+    first: int = 0,
+) -> Values:  # fmt: skip
     """Gradient descent, one step for each of ``step_sizes``: v ← v − α_k ∇ loss(v).
 
     ``loss`` maps the ``start`` tensors, each ``(*S, T, ·)``, to ``(*S, T)``; its sum's gradient is every task's own. Second order
     differentiates through every step; ``first_order`` takes the gradients as constants; ``keep_graph=False`` cuts the result
-    off from ``start`` altogether (adaptation without learning).
+    off from ``start`` altogether (adaptation without learning). ``first``: the first step's number (`bayesmeta.inner_loop.repeat`).
     """
 
     def step(values: Values, alpha: Tensor | float) -> Values:
@@ -27,7 +28,7 @@ def descend(
         values = tuple(v - alpha * g for v, g in zip(values, gradients, strict=True))
         return values if keep_graph else tuple(v.detach() for v in values)
 
-    return repeat(step, start if keep_graph else tuple(v.detach() for v in start), step_sizes, whole=not keep_graph)
+    return repeat(step, start if keep_graph else tuple(v.detach() for v in start), step_sizes, whole=not keep_graph, first=first)
 
 
 def derivatives(f: Callable[[Tensor], Tensor], phi: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
