@@ -32,6 +32,7 @@ from bayesmeta.recipes import Recipe, image_recipe
 from bayesmeta.tasks import AbstractFewShot, FewShot, TaskFamily
 
 WAYS, QUERIES, DRAWS = 5, 5, 100
+FEW = ("ProtoNet", "MAML", "Ensemble", "ABML", "BMAML", "PLATIPUS", "BayesianBlackBox")  # as many as there are colours
 METRICS = ("accuracy", "nll", "brier", "ece")
 POOLED = {"mce": maximum_calibration_error, "adaptive_ece": adaptive_calibration_error, "debiased_ece": debiased_calibration_error}
 COMPILED = ("MAML", "FOMAML", "Reptile", "Ensemble")  # all weights as φ, two tasks at a time: else 2,000 steps are no time for compiling
@@ -150,8 +151,9 @@ def main() -> None:
     ask = {"num_tasks": options.shifted_episodes, "seed": 1, "task_chunk": 50, "num_draws": DRAWS}
     shifts = bm.under_shift(learners, recipe.test, **ask, compile=False)
     write(options.out / "shift.csv", shifts)
-    for name, draw in (("confidence", confidence_under_shift), ("severity", severity_curves)):
-        draw(shifts)[0].figure.savefig(options.out / f"shift-{name}.png", dpi=150)  # type: ignore[operator]
+    confidence_under_shift(shifts)[0].figure.savefig(options.out / "shift-confidence.png", dpi=150)
+    few = [name for name in FEW if name in learners] or list(learners)
+    severity_curves(shifts, learners=few)[0].figure.savefig(options.out / "shift-severity.png", dpi=150)
     others = [row for kind, tasks in other_families(options).items() for row in elsewhere(learners, kind, tasks, ask)]
     write(options.out / "elsewhere.csv", others)
     detected = [{"questions": "other characters", **row} for row in bm.out_of_episode(learners, recipe.test, **ask)]

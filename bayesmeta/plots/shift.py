@@ -14,7 +14,6 @@ from bayesmeta.plots.style import (
     GREY,
     MARKERS,
     PALETTE,
-    TICKS,
     Array,
     Look,
     dress,
@@ -30,6 +29,7 @@ from bayesmeta.plots.style import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
+HALVES = (0, 0.5, 1)  # panels are narrow
 LABELS = {"ece": "ECE", "nll": "NLL, nats a point", "brier": "Brier score"}
 
 
@@ -84,7 +84,7 @@ def confidence_under_shift(
         dress(ax, grid="both")
     axes[0].set(xlim=(max(0.0, lowest - 0.05), 1), ylim=(max(0.0, lowest - 0.05), 1))
     if lowest < 0.3:
-        axes[0].set(xlim=(0, 1), ylim=(0, 1), xticks=TICKS, yticks=TICKS)
+        axes[0].set(xlim=(0, 1), ylim=(0, 1), xticks=HALVES, yticks=HALVES)
     axes[0].annotate("overconfident", (0.04, 0.93), xycoords="axes fraction", fontsize=7.5, color=GREY)
     share_labels(axes, x="accuracy", y="mean confidence")
     first = Line2D([], [], color=GREY, marker="o", markersize=6, linestyle="")
