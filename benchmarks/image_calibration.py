@@ -33,6 +33,7 @@ from bayesmeta.tasks import AbstractFewShot, FewShot, TaskFamily
 
 WAYS, QUERIES, DRAWS = 5, 5, 100
 FEW = ("ProtoNet", "MAML", "Ensemble", "ABML", "BMAML", "PLATIPUS", "BayesianBlackBox")  # as many as there are colours
+PARTS = ("clean", "shift", "elsewhere", "detection")
 METRICS = ("accuracy", "nll", "brier", "ece")
 POOLED = {"mce": maximum_calibration_error, "adaptive_ece": adaptive_calibration_error, "debiased_ece": debiased_calibration_error}
 COMPILED = ("MAML", "FOMAML", "Reptile", "Ensemble")  # all weights as φ, two tasks at a time: else 2,000 steps are no time for compiling
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=1000, help="of the test without shift")
     parser.add_argument("--shifted-episodes", type=int, default=200, help="of every test under shift")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only-train", action="store_true")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="of the scores; none: training alone")
     parser.add_argument("--out", type=Path, default=Path("runs/image_calibration"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -143,23 +144,26 @@ def main() -> None:
     learners, seconds = {}, {}
     for name in options.learners or recipe.default:
         learners[name], seconds[name] = trained(name, recipe, options)
-    if options.only_train:
-        return
-    scaled = {f"{name}, tempered": tempered(name, learner, family) for name, learner in learners.items()}
-    clean(learners | scaled, recipe, seconds | {f"{name}, tempered": seconds[name] for name in learners}, options)
-
+    if "clean" in options.parts:
+        scaled = {f"{name}, tempered": tempered(name, learner, family) for name, learner in learners.items()}
+        clean(learners | scaled, recipe, seconds | {f"{name}, tempered": seconds[name] for name in learners}, options)
     ask = {"num_tasks": options.shifted_episodes, "seed": 1, "task_chunk": 50, "num_draws": DRAWS}
-    shifts = bm.under_shift(learners, recipe.test, **ask, compile=False)
-    write(options.out / "shift.csv", shifts)
-    confidence_under_shift(shifts)[0].figure.savefig(options.out / "shift-confidence.png", dpi=150)
-    few = [name for name in FEW if name in learners] or list(learners)
-    severity_curves(shifts, learners=few)[0].figure.savefig(options.out / "shift-severity.png", dpi=150)
-    others = [row for kind, tasks in other_families(options).items() for row in elsewhere(learners, kind, tasks, ask)]
-    write(options.out / "elsewhere.csv", others)
-    detected = [{"questions": "other characters", **row} for row in bm.out_of_episode(learners, recipe.test, **ask)]
-    if options.clothes:
-        detected += [{"questions": "clothes", **row} for row in bm.out_of_episode(learners, recipe.test, outside=clothes(options), **ask)]
-    write(options.out / "detection.csv", detected)
+    if "shift" in options.parts:
+        shifts = bm.under_shift(learners, recipe.test, **ask, compile=False)
+        write(options.out / "shift.csv", shifts)
+        confidence_under_shift(shifts)[0].figure.savefig(options.out / "shift-confidence.png", dpi=150)
+        few = [name for name in FEW if name in learners] or list(learners)
+        severity_curves(shifts, learners=few)[0].figure.savefig(options.out / "shift-severity.png", dpi=150)
+    if "elsewhere" in options.parts:
+        others = [row for kind, tasks in other_families(options).items() for row in elsewhere(learners, kind, tasks, ask)]
+        write(options.out / "elsewhere.csv", others)
+    if "detection" in options.parts:
+        wide = bm.tasks.Omniglot(options.root, splits="vinyals", rotations=True, ways=WAYS, shots=1, test_shots=15).split("test")
+        detected = [{"questions": "other characters", **row} for row in bm.out_of_episode(learners, wide, **ask)]
+        if options.clothes:
+            far = bm.out_of_episode(learners, wide, outside=clothes(options), **ask)
+            detected += [{"questions": "clothes", **row} for row in far]
+        write(options.out / "detection.csv", detected)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Few-shot classification of Omniglot's characters: prototypical networks and MAML, in minutes on one core, or at the papers' length.
 
-    python benchmarks/omniglot.py protonet --root path/to/omniglot             5-way 1-shot; --shots 5 for five
-    python benchmarks/omniglot.py maml                                         four blocks of convolutions
-    python benchmarks/omniglot.py maml-fc                                      256-128-64-64, no convolution
-    python benchmarks/omniglot.py maml --full --device cuda                    64 filters, 60,000 steps of 32 tasks (on a GPU)
+    python -m benchmarks.omniglot protonet --root path/to/omniglot             5-way 1-shot; --shots 5 for five
+    python -m benchmarks.omniglot maml                                         four blocks of convolutions
+    python -m benchmarks.omniglot maml-fc                                      256-128-64-64, no convolution
+    python -m benchmarks.omniglot maml --full --device cuda                    64 filters, 60,000 steps of 32 tasks (on a GPU)
 
 Vinyals' split: 1,028 characters to train on, 172 for the learning curve, 423 to test on, each turned by 90, 180 and 270 degrees as classes
 of their own. Test: 1,000 episodes of 15 queries a class; accuracy, NLL and Brier are means over episodes with 95% intervals, ECE (15 bins)
@@ -29,12 +29,17 @@ from bayesmeta.learners import MAML, ProtoNet
 from bayesmeta.likelihoods import Categorical
 from bayesmeta.networks import PrototypeNetwork, WeightNetwork
 
+from .augmentation import jittered
+
 WAYS, IMAGE = 5, (1, 28, 28)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How one learner is made and trained; ``queries``: of each class in training; ``chunk``: tasks held in memory at once."""
+    """How one learner is made and trained.
+
+    ``queries``: of each class in training; ``chunk``: tasks held in memory at once; ``moved``: drawings are, at random, in training.
+    """
 
     steps: int
     tasks: int
@@ -47,6 +52,7 @@ class Setting:
     inner_lr: float = 0.4
     chunk: int | None = None
     compile: bool | str = False
+    moved: bool = False
 
 
 SETTINGS = {
@@ -103,6 +109,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=5, help="points of the learning curve")
     parser.add_argument("--batch-norm", choices=("task", "running", "per_step", "none"), help="default: the learner's own")
     parser.add_argument("--pooled", action="store_true", default=None, help="halve by max-pooling instead of strides")
+    parser.add_argument("--moved", action="store_true", default=None, help="train on drawings turned, stretched and moved a little")
     parser.add_argument("--compile", choices=("auto", "yes", "no"))
     for number in ("steps", "tasks", "ways", "queries", "filters", "chunk"):
         parser.add_argument(f"--{number}", type=int, help="of training; default: the learner's own")
@@ -121,7 +128,8 @@ def main() -> None:
     test_shots = options.test_shots or options.shots
     every = bm.tasks.Omniglot(options.root, splits="vinyals", rotations=True, ways=WAYS, shots=test_shots)
     train = bm.tasks.Omniglot(
-        options.root, splits="vinyals", rotations=True, ways=s.ways, shots=options.shots, test_shots=s.queries
+        options.root, splits="vinyals", rotations=True, ways=s.ways, shots=options.shots, test_shots=s.queries,
+        transform=jittered if s.moved else None,
     ).split("train")  # fmt: skip
     learner, seconds = learner_of(options.learner, s, options.seed), 0.0
     print(f"{run}: {s}", flush=True)

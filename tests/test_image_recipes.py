@@ -175,13 +175,13 @@ def test_the_benchmark_runs_and_goes_on(learner, tmp_path, monkeypatch, capsys):
         first = 3 if name == "test" else 0
         numbers = range(6) if name == "train" else range(first, first + 3)
         (tmp_path / "splits" / f"{name}.txt").write_text("".join(f"{lines}{k}\n" for k in numbers))
-    script = str(Path(__file__).parents[1] / "benchmarks" / "omniglot.py")
-    arguments = [script, learner, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--ways", "5", "--filters", "2"]
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    arguments = ["omniglot", learner, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--ways", "5", "--filters", "2", "--moved"]
     arguments += ["--steps", "2", "--tasks", "2", "--parts", "2", "--episodes", "4"]
     monkeypatch.setattr(sys, "argv", arguments)
     printed = []
     for _ in range(2):
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_module("benchmarks.omniglot", run_name="__main__")
         printed.append(capsys.readouterr().out)
     assert next(line for line in printed[0].splitlines() if line.startswith("accuracy")) in printed[1]
     rows = (tmp_path / "out" / f"{learner}-5way-1shot-seed0.csv").read_text().splitlines()
