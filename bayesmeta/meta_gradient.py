@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -93,7 +92,7 @@ class MetaGradient:
 
     def _eager(self, episode: Episode, where: str, number: int) -> Gradients:
         """Without a graph; bad tasks are left out where that is asked for."""
-        start, before = time.perf_counter(), self.generator.get_state()
+        start, before = self.compiler.clock(), self.generator.get_state()
         losses, rest = self.losses(episode)
         bad = ~losses.detach().isfinite()
         if bool(bad.any()):
@@ -112,7 +111,7 @@ class MetaGradient:
                 episode, found = self._without(bad, episode, before)
         if found.loss.is_cuda:
             torch.cuda.synchronize(found.loss.device)
-        self.compiler.eager_took(time.perf_counter() - start)
+        self.compiler.eager_took(self.compiler.clock() - start)
         return found
 
     def _backward(self, losses: Tensor, rest: Tensor) -> Gradients:
