@@ -101,7 +101,7 @@ class TracedStep:
     updates: bool
     run: Run
     compiled: bool = False
-    lent: bool = False  # traced on another learner
+    lent: bool = False  # traced on another learner, or in another run
     unchecked: int = CHECKS
     before: float = math.inf  # seconds a step took before it was compiled
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
@@ -128,8 +128,8 @@ class StepCompiler:
     ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of
     all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
     where the steps to come will save clearly more time than it takes (`costs`). ``backend``: what compiles a graph. ``lent``: the graphs
-    of a learner that is made alike (another member of an ensemble), held to eager once more. ``adam``: a step of the optimiser that the graph
-    may take on. ``coarsest``: the type of the least exact arithmetic in ``losses``, where that is not
+    of a learner that is made alike (another member of an ensemble), or of an earlier run of this one, held to eager once more. ``adam``: a
+    step of the optimiser that the graph may take on. ``coarsest``: the type of the least exact arithmetic in ``losses``, where that is not
     the parameters'.
 
     Raises ValueError for another ``mode``.
@@ -157,6 +157,10 @@ class StepCompiler:
         self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
+        # of what is written into a graph, beside the data's shape
+        kinds = [(name, tuple(v.shape), v.dtype, v.device, t) for (name, v), t in zip(tensors.items(), self._trained, strict=True)]
+        order = [id(v) for v in tensors.values()]
+        self._kind = repr((total, coarsest, kinds, [order.index(id(p)) for p in self.parameters]))
         self.on_gpu, places = self._state[0].is_cuda, {str(v.device) for v in self._state}
         self.clock = costs.clock(self.on_gpu)
         self.sweeps = not self.on_gpu  # a recorded piece writes over what it gave the last time
@@ -174,7 +178,7 @@ class StepCompiler:
         full = self._whole(episode)
         if self.on_gpu:  # only now: whether there is padding was seen without waiting for the GPU
             episode = episode.to(self._state[0].device)
-        key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam is not None)
+        key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam and self.adam.settings, self._kind)
         self.seen[key] += 1
         before = self.generator.get_state()
         try:
@@ -311,7 +315,7 @@ class StepCompiler:
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
         else:
             return True
-        if step.lent:  # the learners are not alike after all: this one needs a graph of its own
+        if step.lent:  # the learners are not alike after all, or it was changed since: this one needs a graph of its own
             self.graphs.clear()
         elif isinstance(step.module, Sweep):  # its pieces do not make up the step: it needs a single graph
             log.info("%s: no sweep over inner steps: %s", type(self.learner).__name__, why)
