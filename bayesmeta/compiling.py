@@ -180,14 +180,16 @@ class StepCompiler:
             episode = episode.to(self._state[0].device)
         key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam and self.adam.settings, self._kind)
         self.seen[key] += 1
-        before = self.generator.get_state()
+        known = self.graphs.get(key)
+        settled = known is not None and known.compiled and not known.unchecked and not known.random
+        before = None if settled else self.generator.get_state()  # of a short step copying it is a part
         try:
             step = self._step(key, episode, full, remaining)
             found = None if step is None else self._taken(step, episode, before)
         except Exception as error:  # whatever a program or a tracer may raise; the eager step that follows raises it again where it is real
             self._give_up(f"{type(error).__name__}: {first_lines(error)}")
             found = None
-        if found is None:
+        if found is None and before is not None:
             self.generator.set_state(before)
         return found
 
@@ -270,27 +272,29 @@ class StepCompiler:
         each = statistics.median(seconds)
         return to_come * SAVED * each > CLEARLY * cost(each)
 
-    def _taken(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
-        start = self.clock()
+    def _taken(self, step: TracedStep, episode: Episode, before: Tensor | None) -> Gradients | None:
+        timed = self.mode == "auto" and not (step.compiled and len(step.seconds) == WARM_UP)
+        start = self.clock() if timed else 0.0
         found = self._run(step, episode, before)
         if found is None:  # eager tells every case apart
             return None
-        if not step.unchecked:
-            step.seconds.append(self.clock() - start)
-            if self.mode == "auto" and step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
-                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
-                step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
-                step.seconds.clear()
-        else:
+        if before is not None and step.unchecked:
             step.unchecked -= 1
             if not self._agrees(step, found, episode, before):
                 return None
+        elif timed:
+            step.seconds.append(self.clock() - start)
+            if step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
+                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
+                step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
+                step.seconds.clear()
         self.learner.model.gradient_evaluations += step.evaluations
         return found
 
-    def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
-        """None where the data are not fine, or what came out is not finite."""
-        self.generator.set_state(before)
+    def _run(self, step: TracedStep, episode: Episode, before: Tensor | None) -> Gradients | None:
+        """None where the data are not fine, or what came out is not finite. ``before``: where the generator is put, if anywhere."""
+        if before is not None:
+            self.generator.set_state(before)
         with torch.no_grad(), rng(self.generator) if step.random else nullcontext():
             losses, loss, facts, *tensors = step.run(*self._inputs(step, episode))
         value, largest, impossible, *sizes = facts.tolist()

@@ -77,13 +77,15 @@ class MetaGradient:
 
     def _of(self, episode: Episode, where: str, number: int, remaining: int) -> tuple[Gradients, int]:
         """The mean over the tasks of ``episode``, whose first is task ``number``, and how many tasks are in it; chunk after chunk."""
-        size, step = self.task_chunk or max(episode.num_tasks, 1), self._nothing()
+        size = self.task_chunk or max(episode.num_tasks, 1)
+        step: Gradients | None = None
         chunks = math.ceil(episode.num_tasks / size)
         for first in range(0, episode.num_tasks, size):
             part = episode if chunks == 1 else episode.select(slice(first, first + size))
             found = self.compiler(part, remaining * chunks)
             found = self._eager(part, where, number + first) if found is None else found
-            step = found if chunks == 1 else merged(step, found)
+            step = found if step is None else merged(step, found)
+        step = step or self._nothing()
         return step, len(step.losses)
 
     def _nothing(self) -> Gradients:
