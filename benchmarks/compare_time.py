@@ -58,15 +58,22 @@ def main() -> None:
     where = f"{torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}, {where}; s by the clock, s of the processor")
     with tempfile.TemporaryDirectory() as full, tempfile.TemporaryDirectory() as empty:
-        started(options.family, FILL, full).communicate()
+        print(FILL, finished(started(options.family, FILL, full)), sep="\n", flush=True)
         runs = {mode: started(options.family, mode, full if "all on disk" in mode else empty) for mode in MODES if mode != FILL}
         for mode, run in runs.items():
-            print(mode, run.communicate()[0], sep="\n", flush=True)
+            print(mode, finished(run), sep="\n", flush=True)
 
 
 def started(family: str, mode: str, folder: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compare_time", family, "--mode", mode]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder})
+
+
+def finished(run: subprocess.Popen[str]) -> str:
+    told = run.communicate()[0]
+    if run.returncode:
+        raise SystemExit(run.returncode)
+    return told
 
 
 if __name__ == "__main__":
