@@ -20,6 +20,11 @@ class AdamStep:
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
 
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What a graph takes as given: β₁, β₂, ε, and the norm clipped to."""
+        return (*self.betas, self.eps, self.clip)
+
     @classmethod
     def of(cls, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> AdamStep | None:
         """None where ``optimiser`` is anything but a plain Adam over ``parameters`` and nothing else."""

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import stateless
 
+from . import costs
 from .adam import AdamStep
 from .episodes import LARGEST_TARGET, Episode, Points
 from .graphs import SHAPES, Backend, Recorded, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
@@ -49,9 +50,6 @@ MOST_SHAPES = 32  # traced in a run: more of them are no use
 SMALL = 0.05  # a gradient of that share of the largest's size, or less, is held to eager as if it were that size: it may be rounding alone
 CHECKS = 2  # how many steps of a new graph are held to eager
 WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
-TRACE_SECONDS = 3.0  # what tracing was measured to take, 1.7–2.8 s
-# What compiling was measured to take where the compiler has nothing on disk: 21 s at 1,800 operations, 29 s at 2,900, 48 s at 3,300
-COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 3.0, 0.012
 SWEPT_OPERATIONS = 3_000  # so many more than a sweep's a single graph must have; with fewer it compiles in 40 s, and is a quarter faster
 CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" takes the trouble
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
@@ -103,15 +101,22 @@ class TracedStep:
     updates: bool
     run: Run
     compiled: bool = False
-    lent: bool = False  # traced on another learner
+    lent: bool = False  # traced on another learner, or in another run
     unchecked: int = CHECKS
     before: float = math.inf  # seconds a step took before it was compiled
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    traced_in: float = 0.0  # seconds
+    compile_cost: float | None = None  # seconds, reckoned when first asked for
+
+    @property
+    def graphs(self) -> list[GraphModule]:
+        """The graph, or those of a sweep."""
+        return list(self.module.graphs.values()) if isinstance(self.module, Sweep) else [self.module]
 
     @property
     def size(self) -> int:
-        """How many operations the graph has."""
-        return self.module.size if isinstance(self.module, Sweep) else len(self.module.graph.nodes)
+        """How many operations the graphs have."""
+        return sum(len(graph.graph.nodes) for graph in self.graphs)
 
 
 Graphs = OrderedDict[Any, TracedStep]
@@ -122,9 +127,10 @@ class StepCompiler:
 
     ``losses``: an episode's losses ``(T,)`` and θ's own ``()``, with all randomness from ``generator``; run eagerly it is the measure of
     all that is done here. ``mode``: True compiles at once, False never, "auto" first times eager, then traces, then compiles, each only
-    where the steps to come will save clearly more time than it takes. ``backend``: what compiles a graph. ``lent``: the graphs of a
-    learner that is made alike (another member of an ensemble), held to eager once more. ``adam``: a step of the optimiser that the graph
-    may take on. ``coarsest``: the type of the least exact arithmetic in ``losses``, where that is not the parameters'.
+    where the steps to come will save clearly more time than it takes (`costs`). ``backend``: what compiles a graph. ``lent``: the graphs
+    of a learner that is made alike (another member of an ensemble), or of an earlier run of this one, held to eager once more. ``adam``: a
+    step of the optimiser that the graph may take on. ``coarsest``: the type of the least exact arithmetic in ``losses``, where that is not
+    the parameters'.
 
     Raises ValueError for another ``mode``.
     """
@@ -151,7 +157,12 @@ class StepCompiler:
         self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
+        # of what is written into a graph, beside the data's shape
+        kinds = [(name, tuple(v.shape), v.dtype, v.device, t) for (name, v), t in zip(tensors.items(), self._trained, strict=True)]
+        order = [id(v) for v in tensors.values()]
+        self._kind = repr((total, coarsest, kinds, [order.index(id(p)) for p in self.parameters]))
         self.on_gpu, places = self._state[0].is_cuda, {str(v.device) for v in self._state}
+        self.clock = costs.clock(self.on_gpu)
         self.sweeps = not self.on_gpu  # a recorded piece writes over what it gave the last time
         if self.why_eager is None and (len(places) > 1 or not all(v.device.type in ("cpu", "cuda") for v in self._state)):
             self.why_eager = f"steps are compiled on the CPU or on one GPU, and the model is on {', '.join(sorted(places))}"
@@ -167,16 +178,18 @@ class StepCompiler:
         full = self._whole(episode)
         if self.on_gpu:  # only now: whether there is padding was seen without waiting for the GPU
             episode = episode.to(self._state[0].device)
-        key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam is not None)
+        key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam and self.adam.settings, self._kind)
         self.seen[key] += 1
-        before = self.generator.get_state()
+        known = self.graphs.get(key)
+        settled = known is not None and known.compiled and not known.unchecked and not known.random
+        before = None if settled else self.generator.get_state()  # of a short step copying it is a part
         try:
             step = self._step(key, episode, full, remaining)
             found = None if step is None else self._taken(step, episode, before)
         except Exception as error:  # whatever a program or a tracer may raise; the eager step that follows raises it again where it is real
             self._give_up(f"{type(error).__name__}: {first_lines(error)}")
             found = None
-        if found is None:
+        if found is None and before is not None:
             self.generator.set_state(before)
         return found
 
@@ -196,7 +209,7 @@ class StepCompiler:
         step = self.graphs.get(key)
         to_come = remaining * self.seen[key] / self.seen.total()
         if step is None:
-            if self.mode == "auto" and not self._pays(self.eager_seconds, to_come, TRACE_SECONDS):
+            if self.mode == "auto" and not self._pays(self.eager_seconds, to_come, costs.tracing):
                 return None
             if not self._is_fine(episode):  # eager says what is wrong with it
                 return None
@@ -205,23 +218,33 @@ class StepCompiler:
             self.traced += 1
             if self.traced > MOST_SHAPES:
                 return None
-            start = time.perf_counter()
+            start = self.clock()
             step = self.graphs[key] = self._traced(episode, full)
+            step.traced_in = self.clock() - start
             if not self._agrees_disturbed(step, disturbed(episode, full)):
                 return None
             log.info(
                 "%s: traced a step of %d tasks in %.1f s, %d operations%s",
-                type(self.learner).__name__, episode.num_tasks, time.perf_counter() - start, step.size,
+                type(self.learner).__name__, episode.num_tasks, step.traced_in, step.size,
                 f", swept over {step.module.inner_steps} inner steps" if isinstance(step.module, Sweep) else "",
             )  # fmt: skip
             if len(self.graphs) > SHAPES:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
-        cost = COMPILE_SECONDS + COMPILE_SECONDS_A_NODE * step.size
-        worth = self.mode is True or (not step.unchecked and self._pays(step.seconds, to_come, cost))
-        if not step.compiled and self.can_compile and worth:
+        if not step.compiled and self.can_compile and (self.mode is True or self._compiling_pays(step, to_come)):
             self._compile(step, episode)
-        return step
+        return None if self.mode == "auto" and not step.compiled and self._is_slow(step) else step
+
+    def _compiling_pays(self, step: TracedStep, to_come: float) -> bool:
+        if step.unchecked:
+            return False
+        cost = step.compile_cost = step.compile_cost or costs.compiling(step.graphs, step.traced_in)
+        return self._pays(self.eager_seconds if self._is_slow(step) else step.seconds, to_come, lambda _: cost)
+
+    def _is_slow(self, step: TracedStep) -> bool:
+        """Whether a traced step is known to be slower than an eager one."""
+        known = min(len(step.seconds), len(self.eager_seconds)) >= WARM_UP
+        return known and statistics.median(step.seconds) > statistics.median(self.eager_seconds)
 
     def _compile(self, step: TracedStep, episode: Episode) -> None:
         start, before = time.perf_counter(), self.generator.get_state()
@@ -238,31 +261,40 @@ class StepCompiler:
         step.compiled, step.unchecked = True, CHECKS
         step.before = statistics.median(step.seconds) if step.seconds else math.inf
         step.seconds.clear()
+        if self.backend is inductor:
+            costs.note_on_disk(step.graphs)
         log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
 
-    def _pays(self, seconds: deque[float], to_come: float, cost: float) -> bool:
-        return len(seconds) >= WARM_UP and to_come * SAVED * statistics.median(seconds) > CLEARLY * cost
+    def _pays(self, seconds: deque[float], to_come: float, cost: Callable[[float], float]) -> bool:
+        """Whether steps of ``seconds`` each so far, ``to_come`` of them, save clearly more than it costs to make them faster."""
+        if len(seconds) < WARM_UP:
+            return False
+        each = statistics.median(seconds)
+        return to_come * SAVED * each > CLEARLY * cost(each)
 
-    def _taken(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
-        start = time.perf_counter()
+    def _taken(self, step: TracedStep, episode: Episode, before: Tensor | None) -> Gradients | None:
+        timed = self.mode == "auto" and not (step.compiled and len(step.seconds) == WARM_UP)
+        start = self.clock() if timed else 0.0
         found = self._run(step, episode, before)
         if found is None:  # eager tells every case apart
             return None
-        if not step.unchecked:
-            step.seconds.append(time.perf_counter() - start)
-            if self.mode == "auto" and step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
-                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
-                step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
-        else:
+        if before is not None and step.unchecked:
             step.unchecked -= 1
             if not self._agrees(step, found, episode, before):
                 return None
+        elif timed:
+            step.seconds.append(self.clock() - start)
+            if step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
+                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
+                step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
+                step.seconds.clear()
         self.learner.model.gradient_evaluations += step.evaluations
         return found
 
-    def _run(self, step: TracedStep, episode: Episode, before: Tensor) -> Gradients | None:
-        """None where the data are not fine, or what came out is not finite."""
-        self.generator.set_state(before)
+    def _run(self, step: TracedStep, episode: Episode, before: Tensor | None) -> Gradients | None:
+        """None where the data are not fine, or what came out is not finite. ``before``: where the generator is put, if anywhere."""
+        if before is not None:
+            self.generator.set_state(before)
         with torch.no_grad(), rng(self.generator) if step.random else nullcontext():
             losses, loss, facts, *tensors = step.run(*self._inputs(step, episode))
         value, largest, impossible, *sizes = facts.tolist()
@@ -287,7 +319,7 @@ class StepCompiler:
             why = f"loss or gradients of the {how} step differ from the eager one's by {far:.1e} of their size"
         else:
             return True
-        if step.lent:  # the learners are not alike after all: this one needs a graph of its own
+        if step.lent:  # the learners are not alike after all, or it was changed since: this one needs a graph of its own
             self.graphs.clear()
         elif isinstance(step.module, Sweep):  # its pieces do not make up the step: it needs a single graph
             log.info("%s: no sweep over inner steps: %s", type(self.learner).__name__, why)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -57,8 +59,12 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     # operations without a door in C stay with Python
     short = len(copied.graph.nodes) <= SHORT and not any(_is_pythons(node) for node in copied.graph.nodes)
     options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu}
-    with warnings.catch_warnings():  # the compiler's remarks on itself
-        warnings.simplefilter("ignore")
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
+
+    # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+    with warnings.catch_warnings(), tracing(context):
+        warnings.simplefilter("ignore")  # the compiler's remarks on itself
         run: Any = torch._inductor.compile(copied, [*inputs], options=options)
     return Recorded(run, module, inputs) if on_gpu else run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -78,13 +77,15 @@ class MetaGradient:
 
     def _of(self, episode: Episode, where: str, number: int, remaining: int) -> tuple[Gradients, int]:
         """The mean over the tasks of ``episode``, whose first is task ``number``, and how many tasks are in it; chunk after chunk."""
-        size, step = self.task_chunk or max(episode.num_tasks, 1), self._nothing()
+        size = self.task_chunk or max(episode.num_tasks, 1)
+        step: Gradients | None = None
         chunks = math.ceil(episode.num_tasks / size)
         for first in range(0, episode.num_tasks, size):
             part = episode if chunks == 1 else episode.select(slice(first, first + size))
             found = self.compiler(part, remaining * chunks)
             found = self._eager(part, where, number + first) if found is None else found
-            step = found if chunks == 1 else merged(step, found)
+            step = found if step is None else merged(step, found)
+        step = step or self._nothing()
         return step, len(step.losses)
 
     def _nothing(self) -> Gradients:
@@ -93,7 +94,7 @@ class MetaGradient:
 
     def _eager(self, episode: Episode, where: str, number: int) -> Gradients:
         """Without a graph; bad tasks are left out where that is asked for."""
-        start, before = time.perf_counter(), self.generator.get_state()
+        start, before = self.compiler.clock(), self.generator.get_state()
         losses, rest = self.losses(episode)
         bad = ~losses.detach().isfinite()
         if bool(bad.any()):
@@ -112,7 +113,7 @@ class MetaGradient:
                 episode, found = self._without(bad, episode, before)
         if found.loss.is_cuda:
             torch.cuda.synchronize(found.loss.device)
-        self.compiler.eager_took(time.perf_counter() - start)
+        self.compiler.eager_took(self.compiler.clock() - start)
         return found
 
     def _backward(self, losses: Tensor, rest: Tensor) -> Gradients:

@@ -58,11 +58,6 @@ class Sweep:
     counts: tuple[int, int]
     evaluations: float
 
-    @property
-    def size(self) -> int:
-        """How many operations the graphs have."""
-        return sum(len(graph.graph.nodes) for graph in self.graphs.values())
-
     def noise(self) -> list[Tensor]:
         """All that a step draws, from torch's global stream."""
         start, step, finish = self.draws

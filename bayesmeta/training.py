@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from .tasks.base import TaskFamily
 
 ALL_TASKS_UP_TO = 100
 TASKS_PER_STEP = 25
+_GRAPHS: WeakKeyDictionary[AbstractMetaLearner, Graphs] = WeakKeyDictionary()  # of learners' last runs, no part of them: for the next one
 
 
 @dataclass
@@ -99,7 +101,7 @@ def meta_train(
     ``compile``: "auto" (default) compiles the step (see `bayesmeta.compiling`) where the steps to come save clearly more time than that
     takes (10–40 s), so that short runs never wait; True does so at once, False never. A compiled step equals the eager one to rounding,
     not to the bit: only compile=False gives the same bits whatever the load. What cannot be compiled is trained eagerly, with a
-    RuntimeWarning that says why.
+    RuntimeWarning that says why. The next call on the same learner takes up its graphs, held to eager once more.
 
     ``device``: where the model goes, "cuda" say; data follow it. Noise is drawn on the CPU from ``generator`` and moved, so that a seed
     gives the same run on every device, to rounding. ``autocast=torch.bfloat16``: matrix products and convolutions of the program and of
@@ -170,8 +172,9 @@ class _Options:
 
 def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = None, after: int = 0) -> History:
     """Trains one learner, or an ensemble. ``shared``: graphs of learners made alike; ``after``: how many more of those will come."""
+    graphs = _GRAPHS.setdefault(learner, Graphs()) if shared is None else shared
     if learner.members:
-        return _train_members(learner, o)
+        return _train_members(learner, o, graphs)
     group = ranks(o.device)
     if o.device is not None:
         learner.to(o.device)
@@ -188,7 +191,7 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
     optimiser = _stepping("optimizer", (o.optimizer or _adam)(parameters), "torch.optim.Adam or SGD")
     scheduler = _stepping("schedule", o.schedule(optimiser), "one of the step's number, as CosineAnnealingLR") if o.schedule else None
     gradient = MetaGradient(
-        learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=shared,
+        learner, parameters, total, o.generator if group.size == 1 else torch.Generator(), compile=o.compile, lent=graphs,
         task_chunk=o.task_chunk, bad_tasks=o.bad_tasks, ranks=group, noise_seed=_seed(o.generator),
         adam=AdamStep.of(optimiser, parameters, o.clip), autocast=o.autocast,
     )  # fmt: skip
@@ -215,15 +218,15 @@ def _train(learner: AbstractMetaLearner, o: _Options, shared: Graphs | None = No
                 run.save(o.checkpoint)
     finally:
         bar.close()
+        graphs.clear()
+        graphs.update(gradient.compiler.graphs)
     run.keep_best()
-    if shared is not None:
-        shared.update(gradient.compiler.graphs)
     return run.history
 
 
-def _train_members(learner: AbstractMetaLearner, o: _Options) -> History:
+def _train_members(learner: AbstractMetaLearner, o: _Options, graphs: Graphs) -> History:
     """Each member of an ensemble on its own, one after the other on one random stream: other tasks in another order for each."""
-    histories, graphs = [], Graphs()
+    histories = []
     for i, member in enumerate(learner.members):
         path = None if o.checkpoint is None else f"{os.fspath(o.checkpoint)}.member{i}"
         histories.append(_train(member, replace(o, checkpoint=path), graphs, len(learner.members) - i - 1))
