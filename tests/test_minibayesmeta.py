@@ -15,8 +15,8 @@ from bayesmeta.learners.abml import ABML
 from bayesmeta.learners.bayesian_black_box import BayesianBlackBox
 from bayesmeta.learners.bmaml import BMAML
 from bayesmeta.learners.complete_pooling import CompletePooling
-from bayesmeta.learners.encoders import positive
 from bayesmeta.learners.exact import Exact
+from bayesmeta.learners.layers import positive
 from bayesmeta.learners.llama import LLAMA
 from bayesmeta.learners.maml import MAML
 from bayesmeta.learners.no_pooling import NoPooling

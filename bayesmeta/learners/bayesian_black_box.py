@@ -2,10 +2,10 @@
 
     e = encoder(S),   φ = m_θ + s_θ u,   m_θ and s_θ the prior's mean and sd in packed space
     (b_j, t_j) = factors(x_j, y_j, e)                  each point a pseudo-observation t_j ~ N(b_jᵀu, 1) of u ~ N(0, I)
-    C = (I + Σ_j b_j b_jᵀ)⁻¹,   c = C Σ_j b_j t_j       (see `encoders.Factors`), and given S
+    C = (I + Σ_j b_j b_jᵀ)⁻¹,   c = C Σ_j b_j t_j       (see `factors.Factors`), and given S
     u ~ N( c, diag r(e)² / (1 + Σ_j b_j²) )            posterior="diagonal"
     u ~ N( c, r(e) C r(e) )                            "full"
-    u = c + (1 + Σ_j b_j²)^−½ flow(ε; e)               "flow", ε ~ N(0, I) (`encoders.ConditionalFlow`)
+    u = c + (1 + Σ_j b_j²)^−½ flow(ε; e)               "flow", ε ~ N(0, I) (`flows.ConditionalFlow`)
 
 b and t start small and r near 1, so that an untrained q is near the prior; without points u ~ N(0, I) exactly, whatever was learned, and
 q is the prior, where that is an independent Normal. For a linear-Gaussian model the best "diagonal" and "full" are of this form. φ is
@@ -61,19 +61,10 @@ from ..posteriors import TaskPosterior
 from ..predictive import Predictive
 from ..randomness import rng
 from .base import AbstractMetaLearner, checked_choice, checked_steps
-from .encoders import (
-    AbstractEncoder,
-    ConditionalFlow,
-    Factors,
-    FlowNormal,
-    Head,
-    PerClass,
-    cholesky,
-    make_encoder,
-    positive,
-    pseudo_posterior,
-    random_part,
-)  # fmt: skip
+from .encoders import AbstractEncoder, Head, PerClass, make_encoder, random_part
+from .factors import Factors, cholesky, pseudo_posterior
+from .flows import ConditionalFlow, FlowNormal
+from .layers import positive
 from .per_class import ClassHead, check_model
 
 OBJECTIVES = ("elbo", "lecture", "neural_process", "predictive")

@@ -1,4 +1,4 @@
-"""Amortisation: networks from a set of points ``(x, y, mask)`` to an encoding ``(T, H)``, and from an encoding to a posterior's numbers.
+"""Amortisation: networks from a set of points ``(x, y, mask)`` to an encoding ``(T, H)``, and from an encoding to numbers (`Head`).
 
 An encoder sees a task's real points as a set: their order does not matter, nor what stands in the padding or how much of it there is,
 and without any points it gives a learned answer. What each is, with f_j the features of point j and N the number of points:
@@ -24,24 +24,20 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.nn.functional import linear, scaled_dot_product_attention, softplus
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..episodes import Points
 from ..model import HierarchicalModel
 from ..packing import peel
 from ..randomness import rng
 from .base import AbstractLazyModule, checked_choice, checked_steps
-from .noise import standard_noise
+from .layers import mlp, near_zero
 
 PRODUCTS_UP_TO = 8
-MOMENT_DRAWS = 512
-UNIT = math.log(math.e - 1)  # softplus of it is 1
 
 
 class PointFeatures(AbstractLazyModule):
@@ -288,225 +284,6 @@ class Head(AbstractLazyModule):
         return self.network(value)
 
 
-class Factors(AbstractLazyModule):
-    """Each point as pseudo-observations t_j ~ N(b_jᵀu, 1) of a u ~ N(0, I), whose posterior is N(C Σ b_j t_j, C), C = (I + Σ b_j b_jᵀ)⁻¹.
-
-    b_j = b(x_j, g e), t_j = t(x_j, y_j, g e), each a linear map plus a network; as many for each point as y has numbers. b_j stands where
-    a Gauss-Newton step has a Jacobian, and t_j where it has a residual. This holds the posterior of every linear-Gaussian model exactly, at
-    any N, as no plain network does. (Volpp et al. 2021 aggregate a context's points so for neural processes, with diagonal factors.)
-
-    The gate g starts at 0: what each point says by itself is learned first. Open from the start, the encoding gives t the whole answer
-    before b has found its form, and learning stalls there (measured on linear-Gaussian tasks: 0.7 nats from the optimum instead of 0.03).
-    """
-
-    def __init__(self, encoder: AbstractEncoder, hidden: int) -> None:
-        super().__init__()
-        self._encoder = [encoder]  # the learner's, which registers its parameters
-        self.hidden, self.num_inputs, self.ranks = hidden, 0, 0
-        self._seed = int(torch.randint(2**62, ()))
-        self.linear, self.network = nn.ModuleDict(), nn.ModuleDict()
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def build(self, model: HierarchicalModel) -> None:
-        """Makes the layers, once; after the encoder."""
-        if self.ranks:
-            return
-        points, encoding = self._encoder[0].points, self._encoder[0].size
-        self.num_inputs, self.ranks = points.num_inputs, points.num_targets
-        with rng(torch.Generator().manual_seed(self._seed)):
-            for name, features, outputs in (("b", self.num_inputs, model.dim), ("t", self.num_inputs + self.ranks, 1)):
-                self.linear[name] = nn.Linear(features, self.ranks * outputs)
-                self.network[name] = near_zero(mlp(features + encoding, self.hidden, self.ranks * outputs))
-        with torch.no_grad():  # near the prior at the start, yet not at 0, where b and t have no gradient
-            for name, parameter in self.linear.named_parameters():
-                parameter.mul_(0.3 if name.endswith("weight") else 0.0)
-        self.to(model.initial(model.made_up_points(1, 1)))
-
-    def forward(self, f: Tensor, encoding: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """``f (T, N, F)``, ``encoding (T, H)``, ``mask (T, N)`` to b ``(T, J, D)`` and t ``(T, J, 1)``, J = N · ``ranks``; padding 0."""
-        encoding, parts = self.gate * encoding, []
-        for name, features in (("b", self.num_inputs), ("t", self.num_inputs + self.ranks)):  # x; x and y; no products: heavy tails
-            own = f[..., :features]
-            each = self.linear[name](own) + self._through(self.network[name], own, encoding)
-            parts.append(torch.where(mask[..., None], each, 0.0).unflatten(-1, (self.ranks, -1)).flatten(1, 2))
-        return parts[0], parts[1]
-
-    @staticmethod
-    def _through(network: Any, own: Tensor, encoding: Tensor) -> Tensor:
-        """``network`` of both behind each other, ``own (T, N, ·)`` and ``encoding (T, H)``, whose share is taken once a task."""
-        first = network[0]
-        of_point, of_task = first.weight.split([own.shape[-1], encoding.shape[-1]], -1)
-        value = linear(own, of_point) + linear(encoding, of_task, first.bias)[:, None]
-        for layer in network[1:]:
-            value = layer(value)
-        return value
-
-
-class ConditionalFlow(AbstractLazyModule):
-    """An invertible map of R^D that depends on an encoding e: standard normal noise ε to u, the identity where ``seen`` is 0.
-
-        z = sinh((asinh ε + a(e)) / d(e))                      each number by itself: skew and tails (Jones & Pewsey 2009)
-        z_B ← z_B · exp s(z_A, e) + t(z_A, e)                  couplings, every other number held (Dinh et al. 2017, eq. 7)
-        u = b(e) + r(e) z,   r ≥ ``floor``
-
-    ``context_size``: the length of e. ``couplings``: how many; with D = 1 there is nothing to couple.
-    """
-
-    def __init__(self, context_size: int, hidden: int = 64, *, couplings: int = 4, floor: float = 1e-3) -> None:
-        super().__init__()
-        self.context_size, self.hidden, self.floor = context_size, hidden, floor
-        self.couplings = checked_steps("couplings", couplings)
-        self._seed = int(torch.randint(2**62, ()))
-        self.networks = nn.ModuleList()
-        self.elementwise: nn.Module | None = None
-        self.dim = 0
-
-    def build(self, model: HierarchicalModel) -> None:
-        """Makes the layers, once."""
-        if self.elementwise is None:
-            self.dim = model.dim
-            with rng(torch.Generator().manual_seed(self._seed)):
-                sizes = (self.dim + self.context_size, self.hidden, 2 * self.dim)
-                self.networks.extend(near_zero(mlp(*sizes)) for _ in range(self.couplings if self.dim > 1 else 0))
-                self.elementwise = near_zero(mlp(self.context_size, self.hidden, 4 * self.dim))
-            self.to(model.initial(model.made_up_points(1, 1)))
-
-    def forward(self, noise: Tensor, context: Tensor, seen: Tensor) -> Tensor:
-        """ε ``(*S, *B, D)`` to u, given e ``(*B, H)`` and ``seen (*B, 1)``."""
-        skew, tail, shift, scale = self._elementwise(context, seen)
-        z = torch.sinh((torch.asinh(noise) + skew) / tail)
-        for k in range(len(self.networks)):
-            s, t = self._coupling(k, z, context, seen)
-            z = z * s.exp() + t
-        return shift + scale * z
-
-    def inverse(self, u: Tensor, context: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """u to ε, and log |du / dε| ``(*S, *B)``."""
-        skew, tail, shift, scale = self._elementwise(context, seen)
-        z = (u - shift) / scale
-        log_det = scale.log().expand_as(z).sum(-1)
-        for k in reversed(range(len(self.networks))):
-            s, t = self._coupling(k, z, context, seen)
-            z = (z - t) * (-s).exp()
-            log_det = log_det + s.sum(-1)
-        noise = torch.sinh(tail * torch.asinh(z) - skew)
-        # d/dε of sinh((asinh ε + a) / d) is cosh(asinh z) / (d cosh(asinh ε)), and cosh(asinh z) = √(1 + z²)
-        return noise, log_det + (0.5 * (torch.log1p(z.square()) - torch.log1p(noise.square())) - tail.log()).sum(-1)
-
-    def _elementwise(self, context: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert self.elementwise is not None
-        skew, tail, shift, scale = (seen * self.elementwise(context)).chunk(4, -1)
-        return skew.tanh(), (0.5 * tail.tanh()).exp(), shift, positive(scale, self.floor)
-
-    def _coupling(self, k: int, z: Tensor, context: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Log scale and shift of coupling k, 0 for the numbers that it holds: the same before and after it."""
-        held = (torch.arange(self.dim, device=z.device) + k) % 2 == 0
-        inputs = torch.cat([torch.where(held, z, 0.0), context.expand(*z.shape[:-1], -1)], -1)
-        s, t = torch.where(held.repeat(2), 0.0, seen * self.networks[k](inputs)).chunk(2, -1)
-        return 2 * (s / 2).tanh(), t
-
-
-class FlowNormal(dist.TorchDistribution):
-    """φ = loc + scale · u, u a `ConditionalFlow` of standard normal noise given ``context (*B, H)``: batch ``(*B,)``, event ``(D,)``.
-
-    Its mean and variance have no closed form: they are those of 512 fixed draws (antithetic, of sample variance 1).
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, flow: ConditionalFlow, context: Tensor, seen: Tensor, loc: Tensor, scale: Tensor) -> None:
-        self.flow, self.context, self.seen, self.loc, self.scale = flow, context, seen, loc, scale
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
-
-    @property
-    def mean(self) -> Tensor:
-        """``(*B, D)``."""
-        return self._fixed_draws().mean(0)
-
-    @property
-    def variance(self) -> Tensor:
-        """``(*B, D)``."""
-        return self._fixed_draws().var(0, unbiased=False)
-
-    def push(self, noise: Tensor) -> Tensor:
-        """Standard normal noise ``(*S, *B, D)`` to φ."""
-        return self.loc + self.scale * self.flow(noise, self.context, self.seen)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws ``(*sample_shape, *B, D)``, differentiable."""
-        return self.push(torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """``(*S, *B, D)`` to ``(*S, *B)``."""
-        noise, log_det = self.flow.inverse((value - self.loc) / self.scale, self.context, self.seen)
-        density = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
-        return density - log_det - self.scale.log().sum(-1)
-
-    def select(self, tasks: Tensor) -> FlowNormal:
-        """The chosen tasks."""
-        return FlowNormal(self.flow, *(v[tasks] for v in (self.context, self.seen, self.loc, self.scale)))
-
-    def with_points_axis(self) -> FlowNormal:
-        """The same with batch ``(*B, 1)``."""
-        return FlowNormal(self.flow, *(v[..., None, :] for v in (self.context, self.seen, self.loc, self.scale)))
-
-    def _fixed_draws(self) -> Tensor:
-        with rng(torch.Generator().manual_seed(0)):
-            noise = standard_noise((MOMENT_DRAWS, 1, self.loc.shape[-1]), "antithetic", like=self.loc)
-        return self.push(noise.reshape(MOMENT_DRAWS, *(1,) * len(self.batch_shape), -1).expand(MOMENT_DRAWS, *self.loc.shape))
-
-
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers; smooth, so that losses are."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
-
-
-def near_zero(network: nn.Sequential) -> nn.Sequential:
-    """``network`` with a last layer a hundredth its size: what it puts out starts near 0."""
-    last = network[-1]
-    assert isinstance(last, nn.Linear)
-    with torch.no_grad():
-        last.weight.mul_(0.01)
-        last.bias.zero_()
-    return network
-
-
-def positive(value: Tensor, floor: float) -> Tensor:
-    """Any number to one above ``floor``, 0 to 1: floor + (1 − floor) softplus."""
-    return floor + (1 - floor) * softplus(value + UNIT)
-
-
-def pseudo_posterior(b: Tensor, t: Tensor, *, mean_field: bool) -> tuple[Tensor, Tensor]:
-    """Mean ``(T, D)`` and covariance C ``(T, D, D)`` of u (see `Factors`); with ``mean_field`` the variances 1 / (1 + Σ b_j²) ``(T, D)``.
-
-    The mean field's mean is the same (its precision is C⁻¹'s diagonal), found by the smaller of two systems: D or J equations.
-    """
-    if mean_field and b.shape[-1] > b.shape[-2]:
-        inverse = _inverse(_one_plus(b @ b.mT))
-        mean = (b.mT @ (inverse @ t))[..., 0]
-    else:
-        inverse = _inverse(_one_plus(b.mT @ b))
-        mean = (inverse @ (b.mT @ t))[..., 0]
-    return mean, 1 / (1 + b.square().sum(-2)) if mean_field else inverse
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    factor = cholesky(matrix)
-    if not factor.is_cuda:
-        return torch.cholesky_inverse(factor)
-    # a GPU's cholesky_inverse cannot be recorded; on a CPU this way is slower by half
-    half = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device), upper=False)
-    return half.mT @ half
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """The factor; NaN for a task that has none, without an exception for the others."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.where((failed > 0)[..., None, None], torch.nan, factor)
-
-
 def projections(values: Tensor, count: int) -> Tensor:
     """``values (T, N, V)`` along ``count`` fixed directions, every second the one before reversed, ``(T, N, count)``."""
     return values @ _directions(values.shape[-1], count).to(values)
@@ -528,10 +305,6 @@ def random_part(points: Points, values: Tensor, share: Tensor) -> Tensor:
     key = (100 * ((values * direction).sum(-1) + phase).sin()).remainder(1.0)
     rank = torch.where(points.mask, key, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return points.mask & (rank < (share * (points.counts + 1)).floor()[:, None])
-
-
-def _one_plus(matrix: Tensor) -> Tensor:
-    return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def _flat(value: Tensor) -> Tensor:

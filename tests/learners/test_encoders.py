@@ -12,18 +12,17 @@ from bayesmeta import HierarchicalModel, Points
 from bayesmeta.learners.base import AbstractLazyModule
 from bayesmeta.learners.encoders import (
     Attention,
-    ConditionalFlow,
     DeepSet,
-    FlowNormal,
     Head,
     PerClass,
     PointFeatures,
     Recurrent,
     make_encoder,
-    positive,
     projections,
     random_part,
 )  # fmt: skip
+from bayesmeta.learners.flows import ConditionalFlow, FlowNormal
+from bayesmeta.learners.layers import positive
 from bayesmeta.likelihoods import Categorical, Gaussian, Poisson
 from bayesmeta.networks import DecoderNetwork, HeadNetwork, WeightNetwork
 
