@@ -67,7 +67,9 @@ THIRD_PARTY = {
     "plots": {"numpy", "matplotlib", "torch", "scipy"},
     "report": {"numpy", "matplotlib", "torch"},
 }
-SHARED = {"base", "steps", "noise", "objectives", "encoders", "factors", "flows", "layers", "per_class", "curvature", "stein"}
+SHARED = {  # by learners
+    "base", "steps", "noise", "objectives", "encoders", "factors", "flows", "layers", "per_class", "curvature", "blocks", "stein",
+}  # fmt: skip
 STANDARD_ONLY_TYPE_CHECKING = "TYPE_CHECKING"
 
 

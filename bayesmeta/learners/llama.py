@@ -40,18 +40,8 @@ from ..model import HierarchicalModel
 from ..posteriors import TaskPosterior
 from ..randomness import rng
 from .base import AbstractMetaLearner, checked_choice, checked_steps
-from .curvature import (
-    HESSIANS,
-    Block,
-    checked_kind,
-    floored,
-    likelihood_curvature,
-    log_determinant,
-    newton_step,
-    normal,
-    plus,
-    prior_precision,
-)
+from .blocks import Block, floored, log_determinant, newton_step, normal, plus
+from .curvature import HESSIANS, checked_kind, likelihood_curvature, prior_precision
 from .objectives import counts, mean_nll
 from .steps import descend
 

@@ -11,17 +11,8 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from bayesmeta import HierarchicalModel, Points
-from bayesmeta.learners.curvature import (
-    Block,
-    BlockNormal,
-    floored,
-    likelihood_curvature,
-    log_determinant,
-    newton_step,
-    normal,
-    plus,
-    prior_precision,
-)
+from bayesmeta.learners.blocks import Block, BlockNormal, floored, log_determinant, newton_step, normal, plus
+from bayesmeta.learners.curvature import likelihood_curvature, prior_precision
 from bayesmeta.likelihoods import Bernoulli, Categorical, Gaussian, Poisson, StudentT
 from bayesmeta.networks import DecoderNetwork, HeadNetwork, WeightNetwork
 

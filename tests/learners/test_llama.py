@@ -13,7 +13,8 @@ from torch.func import jacrev
 
 from bayesmeta import Episode, HierarchicalModel, Points
 from bayesmeta.learners import MAML, Exact
-from bayesmeta.learners.curvature import BlockNormal, likelihood_curvature
+from bayesmeta.learners.blocks import BlockNormal
+from bayesmeta.learners.curvature import likelihood_curvature
 from bayesmeta.learners.llama import LLAMA
 from bayesmeta.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesmeta.networks import HeadNetwork, NormalPrior, WeightNetwork
