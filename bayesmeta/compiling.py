@@ -160,7 +160,7 @@ class StepCompiler:
         # of what is written into a graph, beside the data's shape
         kinds = [(name, tuple(v.shape), v.dtype, v.device, t) for (name, v), t in zip(tensors.items(), self._trained, strict=True)]
         order = [id(v) for v in tensors.values()]
-        self._kind = repr((total, coarsest, kinds, [order.index(id(p)) for p in self.parameters]))
+        self._kind = repr((total, coarsest, kinds, [order.index(id(p)) for p in self.parameters], settings(learner)))
         self.on_gpu, places = self._state[0].is_cuda, {str(v.device) for v in self._state}
         self.clock = costs.clock(self.on_gpu)
         self.sweeps = not self.on_gpu  # a recorded piece writes over what it gave the last time
@@ -463,6 +463,17 @@ class StepCompiler:
         except ValueError:
             return False
         return True
+
+
+def settings(learner: nn.Module) -> list[tuple[str, str, object]]:
+    """Numbers, words and flags among the public attributes of the learner's modules, which a graph takes as they are."""
+    changing = ("training", "gradient_evaluations")
+    return [
+        (name, key, value)
+        for name, module in learner.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str | None) and not key.startswith("_") and key not in changing
+    ]
 
 
 def disturbed(episode: Episode, full: tuple[bool, ...] = (False, False)) -> Episode:

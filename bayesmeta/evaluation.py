@@ -60,14 +60,7 @@ def evaluate(
     Numbers and pictures are in the family's original units (``family.target_scale``, ``family.scaling``).
     Raises ValueError for no adapters, TypeError for what is not an adapter.
     """
-    if not isinstance(adapters, AbstractAdapter | Mapping):
-        raise TypeError(f"adapters: expected a learner or a dictionary of learners by name, got {type(adapters).__name__}")
-    named = {type(adapters).__name__: adapters} if isinstance(adapters, AbstractAdapter) else dict(adapters)
-    if not named:
-        raise ValueError("adapters: expected at least one, got none")
-    for name, adapter in named.items():
-        if not isinstance(adapter, AbstractAdapter):
-            raise TypeError(f"adapters[{name!r}]: expected a learner, got {_what(adapter)}")
+    named = named_adapters(adapters)
     if task_chunk is not None:
         checked_steps("task_chunk", task_chunk, least=1)
     if not isinstance(compile, bool):
@@ -96,6 +89,19 @@ def evaluate(
         title=title, target=target or str(getattr(family, "target_name", "y")), feature=feature or _feature(family), seed=seed, notes=notes,
         environment=environment(), histories={k: v.as_arrays() for k, v in (histories or {}).items()},
     )  # fmt: skip
+
+
+def named_adapters(adapters: AbstractAdapter | Mapping[str, AbstractAdapter]) -> dict[str, AbstractAdapter]:
+    """By name, one alone by its class's; raises as `evaluate` does."""
+    if not isinstance(adapters, AbstractAdapter | Mapping):
+        raise TypeError(f"adapters: expected a learner or a dictionary of learners by name, got {type(adapters).__name__}")
+    named = {type(adapters).__name__: adapters} if isinstance(adapters, AbstractAdapter) else dict(adapters)
+    if not named:
+        raise ValueError("adapters: expected at least one, got none")
+    for name, adapter in named.items():
+        if not isinstance(adapter, AbstractAdapter):
+            raise TypeError(f"adapters[{name!r}]: expected a learner, got {_what(adapter)}")
+    return named
 
 
 def held_out_episode(family: TaskFamily | Episode, num_tasks: int | None, seed: int) -> Episode:

@@ -333,9 +333,12 @@ class TemperedPosterior:
     def predict(
         self, x: Any, n: int | None = None, *, generator: torch.Generator | None = None, mask: Tensor | None = None
     ) -> Predictive:
-        """The tempered mixture, as one component: temperature is for the answer, so no part of its entropy is φ's any more."""
+        """The tempered mixture, as one component: temperature is for the answer, so no part of its entropy is φ's any more.
+
+        NaN for a task whose adaptation diverged, as without a temperature.
+        """
         log_probs = self.posterior.predict(x, n, generator=generator, mask=mask).log_probs()
-        return Predictive(dist.Categorical(logits=log_probs[None] / self.temperature))
+        return Predictive(dist.Categorical(logits=log_probs[None] / self.temperature, validate_args=False))
 
 
 Posterior = TaskPosterior | MixturePosterior | FunctionPosterior | TemperedPosterior

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .evaluation import evaluate
+from .evaluation import evaluate, named_adapters
 from .learners.base import AbstractAdapter, checked_choice, checked_steps
 from .metrics import auroc, bootstrap_interval, bootstrap_statistic
 from .tasks import SHIFTS, AbstractFewShot, Shifted, TaskFamily
@@ -21,8 +21,9 @@ RESAMPLES = 500  # of an AUROC, each of which is a sort of all points
 
 
 def under_shift(
-    adapters: AbstractAdapter | Mapping[str, AbstractAdapter], family: TaskFamily, *, kinds: Sequence[str] = SHIFTS,
-    severities: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), on: str = "query", num_tasks: int = 200, seed: int = 0, **options: Any,
+    adapters: AbstractAdapter | Mapping[str, AbstractAdapter], family: TaskFamily, *, kinds: str | Sequence[str] = SHIFTS,
+    severities: float | Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), on: str = "query", num_tasks: int = 200, seed: int = 0,
+    **options: Any,
 ) -> list[Row]:  # fmt: skip
     """`evaluate` on the same tasks under each shift at each severity (`bayesmeta.tasks.Shifted`), as rows.
 
@@ -34,6 +35,12 @@ def under_shift(
     Severity 0 is the same for all kinds, and done once. Raises ValueError for an unknown kind, and as `evaluate` does.
     """
     checked_steps("num_tasks", num_tasks, least=1)
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    severities = [float(severities)] if isinstance(severities, int | float) else list(severities)
+    if not kinds or not severities:
+        raise ValueError(f"expected one kind and one severity at least, got {len(kinds)} and {len(severities)}")
+    if not isinstance(family, TaskFamily):
+        raise TypeError(f"family: expected a family of tasks, got {type(family).__name__}")
     for kind in kinds:
         checked_choice("kinds", kind, SHIFTS)
     rows: list[Row] = []
@@ -58,13 +65,18 @@ def out_of_episode(
 
     ``{learner, score, auroc, lower, upper}``, with 95% intervals by resampling tasks: 1 tells all apart, 0.5 is chance. Three scores:
     "confidence", the probability of the likeliest class (Hendrycks & Gimpel 2017); "entropy" of the predictive; "information", the part of
-    that entropy that comes of not knowing φ and θ (Depeweg et al. 2018, eq. 1), NaN where a learner has but one of each.
+    that entropy that comes of not knowing φ and θ (Depeweg et al. 2018, eq. 1), NaN where a predictive is of one draw: a
+    point estimate's, or a tempered one.
 
     ``outside``: the family whose images are the others; by default they are of the other classes of ``family``. With batch norm by the
     set at hand they are in the query set's statistics too.
     """
-    named = {type(adapters).__name__: adapters} if isinstance(adapters, AbstractAdapter) else dict(adapters)
+    named = named_adapters(adapters)
     checked_steps("num_tasks", num_tasks, least=1)
+    checked_steps("task_chunk", task_chunk, least=1)
+    for name, given in (("family", family), ("outside", outside)):
+        if not isinstance(given, AbstractFewShot) and not (given is None and name == "outside"):
+            raise TypeError(f"{name}: expected few-shot tasks of images (FewShot, Omniglot, Glyphs), got {type(given).__name__}")
     d = family.detection(num_tasks, outside=outside, generator=torch.Generator().manual_seed(seed))
     masks = d.query.mask & d.inside, d.query.mask & ~d.inside
     rows: list[Row] = []
@@ -94,6 +106,8 @@ def _calibration(adapters: Any, family: Any, *, num_tasks: int, seed: int, optio
             raise ValueError(f"{name}: expected a model of classes, whose predictions are probabilities")
         known = result.labels >= 0
         confidence = np.where(known, result.probs.max(-1), 0.0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+        if np.isnan(confidence[known.any(1)]).any():  # as in every mean: a task without an answer leaves none
+            confidence = np.full_like(confidence, np.nan)
         found = bootstrap_interval(torch.tensor(confidence), seed=seed)
         rows.append({"learner": name, "metric": "confidence", "estimate": found.estimate, "lower": found.lower, "upper": found.upper})
     return rows

@@ -12,7 +12,7 @@ LARGEST = 3
 
 
 def cholesky_ex(a: Tensor, *, upper: bool = False, check_errors: bool = False) -> tuple[Tensor, Tensor]:
-    """L ``(..., n, n)`` with L Lᵀ = A, its transpose where ``upper``, and ``(...)`` the number of the first pivot not above 0, else 0.
+    """L ``(..., n, n)`` with L Lᵀ = A, its transpose where ``upper``, and ``(...)``: 0, or which pivot is not positive and finite first.
 
     From that pivot on L is NaN. ``check_errors`` is left to who reads the number.
     """
@@ -21,8 +21,9 @@ def cholesky_ex(a: Tensor, *, upper: bool = False, check_errors: bool = False) -
     info = torch.zeros_like(zero, dtype=torch.int32)
     for j in range(n):
         pivot = a[..., j, j] - sum((factor[j][k].square() for k in range(j)), zero)
-        info = torch.where((info == 0) & ~(pivot > 0), j + 1, info)
-        factor[j][j] = torch.where(pivot > 0, pivot, torch.nan).sqrt()
+        fine = (pivot > 0) & pivot.isfinite()
+        info = torch.where((info == 0) & ~fine, j + 1, info)
+        factor[j][j] = torch.where(fine, pivot, torch.nan).sqrt()
         for i in range(j + 1, n):
             rest = a[..., j, i] if upper else a[..., i, j]
             factor[i][j] = (rest - sum((factor[i][k] * factor[j][k] for k in range(j)), zero)) / factor[j][j]
@@ -40,7 +41,7 @@ def solve_triangular(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, un
         for j, row in rows.items():
             rest = rest - a[..., i, j, None] * row
         rows[i] = rest if unitriangular else rest / a[..., i, i, None]
-    return torch.stack([rows[i] for i in range(n)], -2)
+    return torch.stack(torch.broadcast_tensors(*(rows[i] for i in range(n))), -2)
 
 
 def cholesky_solve(b: Tensor, factor: Tensor, upper: bool = False) -> Tensor:

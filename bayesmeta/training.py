@@ -101,7 +101,9 @@ def meta_train(
     ``compile``: "auto" (default) compiles the step (see `bayesmeta.compiling`) where the steps to come save clearly more time than that
     takes (10–40 s), so that short runs never wait; True does so at once, False never. A compiled step equals the eager one to rounding,
     not to the bit: only compile=False gives the same bits whatever the load. What cannot be compiled is trained eagerly, with a
-    RuntimeWarning that says why. The next call on the same learner takes up its graphs, held to eager once more.
+    RuntimeWarning that says why. The next call on the same learner takes up its graphs where numbers, words and flags
+    among the attributes of its modules are as they were, held to eager for two steps; after changing what a program reads from anywhere
+    else (a global, a closure) train a copy (`copy.deepcopy`), which has none.
 
     ``device``: where the model goes, "cuda" say; data follow it. Noise is drawn on the CPU from ``generator`` and moved, so that a seed
     gives the same run on every device, to rounding. ``autocast=torch.bfloat16``: matrix products and convolutions of the program and of
@@ -116,7 +118,8 @@ def meta_train(
     """
     given = {name: value for name, value in locals().items() if name != "learner"}
     if not isinstance(learner, AbstractMetaLearner):
-        raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ)")
+        fit = "; it has a fit of its own" if hasattr(learner, "fit") else ""
+        raise TypeError(f"{type(learner).__name__} adapts and does not learn: it needs no training (it uses its model's θ){fit}")
     return _train(learner, _Options(**given | {"generator": checked_generator(generator) or torch.Generator().manual_seed(0)}))
 
 
@@ -294,7 +297,7 @@ class _Run:
             torch._foreach_copy_(self.last, [p.detach() for p in self.parameters])
         self.optimiser.step()
         if not _all_finite(self.parameters):
-            self.restore(self.last)
+            self.restore(self.parameters, self.last)
             raise TrainingError(
                 f"step {number}: the step is not finite; parameters are at their last finite value. Lower the learning rate"
             )
@@ -317,20 +320,24 @@ class _Run:
         self.history.validation_step.append(self.history.steps)
         self.history.validation.append(value)
         if value < best:
-            self.best, self.since_best = [p.detach().clone() for p in self.parameters], 0
+            self.best, self.since_best = [v.detach().clone() for v in self.learned()], 0
             self.history.best_step = self.history.steps
         else:
             self.since_best += 1
         self.history.stopped_early = patience is not None and self.since_best >= patience
 
+    def learned(self) -> list[Tensor]:
+        """All that training changes: the parameters, and running statistics."""
+        return [*self.parameters, *self.learner.buffers()]
+
     def keep_best(self) -> None:
         if self.best is not None:
-            self.restore(self.best)
+            self.restore(self.learned(), self.best)
 
-    def restore(self, values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.copy_(value)
+    @torch.no_grad()
+    def restore(self, places: list[Any], values: list[Tensor]) -> None:
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         save_checkpoint(path, self.kinds() | {
@@ -358,6 +365,9 @@ class _Run:
         if ours != theirs:
             odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
             raise CheckpointError(f"{path}: of another model: {', '.join(f'{n} is {theirs.get(n)}, expected {ours.get(n)}' for n in odd)}")
+        if state["best"] is not None and [v.shape for v in state["best"]] != [v.shape for v in self.learned()]:
+            got = len(state["best"])
+            raise CheckpointError(f"{path}: best: expected {len(self.learned())} tensors of this learner's shapes, got {got}")
         self.learner.load_state_dict(state["parameters"])
         self.optimiser.load_state_dict(state["optimiser_state"])
         if self.scheduler is not None:

@@ -13,6 +13,7 @@ from bayesmeta.batch_norm import MOMENTUM
 from bayesmeta.inner_loop import step_now
 from bayesmeta.networks import WeightNetwork
 from bayesmeta.sweep import Sweep
+from bayesmeta.training import predictive_nll
 
 from .test_batch_norm import WAYS, convolutional, network, padded
 from .test_batch_norm import episode as images
@@ -324,6 +325,43 @@ def test_fewer_steps_at_test_are_refused(make):
     with pytest.raises(ValueError, match=r"adapt_steps: batch_norm='per_step' has .* got 2 fewer"):
         make(model(), inner_steps=3, adapt_steps=1)
     make(model("running"), inner_steps=3, adapt_steps=1)
+
+
+def test_steps_that_were_changed_since_are_refused():
+    data = episode()
+    learner = bm.learners.MAML(model(), inner_steps=2, inner_lr=ALPHA)
+    for name, value in (("adapt_steps", 1), ("inner_steps", 1), ("inner_steps", 4)):
+        before = getattr(learner, name)
+        setattr(learner, name, value)
+        with pytest.raises(ValueError, match=r"statistics of 2 steps .* expected inner_steps=2 and as many adapt_steps or more"):
+            learner.adapt(data.support)
+        setattr(learner, name, before)
+    learner.adapt_steps = 5
+    learner.adapt(data.support)
+
+
+@pytest.mark.parametrize("policy", ["running", "per_step"])
+def test_the_best_statistics_are_kept_with_the_best_parameters(policy, tmp_path):
+    """And in a checkpoint: a run that goes on ends with the same ones."""
+    held_out = episode(seed=5)
+
+    def trained_to(steps, **options):
+        torch.manual_seed(0)
+        learner = bm.learners.MAML(model(policy), inner_steps=K, inner_lr=ALPHA)
+        history = bm.meta_train(
+            learner, episode(), steps=steps, tasks_per_step=2, optimizer=lambda params: torch.optim.Adam(params, 0.2), compile=False,
+            generator=torch.Generator().manual_seed(0), validation=held_out, validate_every=2, **options,
+        )  # fmt: skip
+        return learner, history
+
+    learner, history = trained_to(20)
+    assert history.best_step < 20
+    found = float(predictive_nll(learner, held_out).nanmean())
+    assert found == pytest.approx(min(history.validation), rel=1e-10)
+    trained_to(10, checkpoint=tmp_path / "c")
+    again, _ = trained_to(20, checkpoint=tmp_path / "c", resume=True)
+    for name, value in learner.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
 
 
 def test_learners_that_share_a_model():

@@ -649,6 +649,32 @@ def test_what_was_changed_between_runs_is_followed(float64, monkeypatch):
     assert found[0][0].dtype == torch.float32 and len(graphs) == 3
 
 
+def test_a_setting_of_the_program_that_binds_late_is_followed(float64, monkeypatch):
+    """A floor that the first steps after a change do not reach: two steps held to eager would not tell."""
+    graphs = as_traced(monkeypatch)
+
+    class Floored(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.floor, self.log_noise = 0.01, nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, points):
+            with pyro.plate("tasks", points.num_tasks):
+                level = pyro.sample("level", dist.Normal(0.0, 1.0))
+                noise = self.log_noise.exp().clamp(min=self.floor)
+                y_hat = level[..., None] + 0.0 * points.x[..., 0]
+                pyro.sample("y", dist.Normal(y_hat, noise).mask(points.mask).to_event(1), obs=points.y)
+
+    program = Floored()
+    learner = MAML(HierarchicalModel(program), inner_steps=1, inner_lr=0.01)
+    run_again(learner)
+    run_again(learner)
+    assert len(graphs) == 1
+    program.floor = 0.5
+    run_again(learner)
+    assert len(graphs) == 2
+
+
 def test_kept_graphs_are_no_part_of_a_learner_and_go_with_it(monkeypatch):
     as_traced(monkeypatch)
     learner = MAML(radon(), inner_steps=2, inner_lr=0.01)

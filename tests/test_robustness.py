@@ -92,6 +92,21 @@ def test_padded_points_have_no_confidence(letters):
     assert next(row["estimate"] for row in rows if row["metric"] == "confidence") == pytest.approx(np.mean(by_hand), abs=1e-7)
 
 
+def test_a_task_without_an_answer_leaves_no_mean_confidence(letters):
+    class Broken(BlackBox):
+        def adapt_over_theta(self, support, *, num_theta=10, generator=None):
+            def rule(support, x, mask):
+                logits = torch.zeros(1, *x.shape[:2], WAYS)
+                logits[0, 0] = torch.nan
+                return dist.Categorical(logits=logits, validate_args=False)
+
+            return FunctionPosterior(self.model, rule, self.prepared(support))
+
+    rows = under_shift(Broken(head()), letters, kinds="blur", severities=0, **ask())
+    found = {row["metric"]: row["estimate"] for row in rows}
+    assert np.isnan(found["confidence"]) and np.isnan(found["nll"])
+
+
 # --- detection
 
 
@@ -149,6 +164,21 @@ def test_bad_input_gets_a_clear_error(letters):
         under_shift(prototypes(), letters, num_tasks=0)
     with pytest.raises(ValueError, match="num_tasks: expected a whole number of at least 1, got 0"):
         out_of_episode(prototypes(), letters, num_tasks=0)
+    for bad in ({"kinds": ()}, {"severities": ()}):
+        with pytest.raises(ValueError, match="expected one kind and one severity at least"):
+            under_shift(prototypes(), letters, **bad)
+    with pytest.raises(TypeError, match="family: expected a family of tasks, got Episode"):
+        under_shift(prototypes(), letters.sample(2, generator=seeded()))
+    with pytest.raises(ValueError, match="task_chunk: expected a whole number of at least 1, got 0"):
+        out_of_episode(prototypes(), letters, task_chunk=0)
+    with pytest.raises(ValueError, match="adapters: expected at least one, got none"):
+        out_of_episode({}, letters)
+    with pytest.raises(TypeError, match=r"adapters\['a'\]: expected a learner, got int"):
+        out_of_episode({"a": 3}, letters)
+    with pytest.raises(TypeError, match=r"family: expected few-shot tasks of images .* got Shifted"):
+        out_of_episode(prototypes(), Shifted(letters, "blur", severity=1))
+    with pytest.raises(TypeError, match=r"outside: expected few-shot tasks of images .* got int"):
+        out_of_episode(prototypes(), letters, outside=3)
     regression = BlackBox(HierarchicalModel.from_network(WeightNetwork(nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, 1))), Gaussian()))
     with pytest.raises(ValueError, match="expected a model of classes"):
         under_shift(regression, letters, num_tasks=2)

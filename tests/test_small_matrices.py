@@ -1,5 +1,7 @@
 """Cholesky's factor of small matrices as plain operations, held to LAPACK's: values, gradients, failures; and graphs that take it on."""
 
+import math
+
 import pytest
 import torch
 
@@ -103,3 +105,18 @@ def test_where_a_factor_fails_a_graph_gives_nan_for_that_matrix(n):
     a[3] *= -1
     (found,) = fast(a, b)
     assert found[3].isnan().all() and found[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_solving_spreads_one_side_over_the_batch_of_the_other():
+    a = torch.randn(6, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for unitriangular in (False, True):
+        wanted = torch.linalg.solve_triangular(a, b, upper=False, unitriangular=unitriangular)
+        found = small_matrices.solve_triangular(a, b, upper=False, unitriangular=unitriangular)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_an_infinite_pivot_is_no_factor():
+    factor, info = small_matrices.cholesky_ex(torch.diag(torch.tensor([math.inf, 1.0])))
+    assert int(info) != 0 and bool(factor.isnan().any())
+    assert int(torch.linalg.cholesky_ex(torch.diag(torch.tensor([math.inf, 1.0])))[1]) != 0

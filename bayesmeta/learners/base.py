@@ -106,6 +106,7 @@ class AbstractMetaLearner(AbstractAdapter):
     """An adapter whose θ is learned: it states a loss for each task, and `bayesmeta.meta_train` moves θ."""
 
     loop_steps = 0  # K of its inner loop in training (`takes_steps`)
+    _steps_made: int | None = None
 
     @abstractmethod
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
@@ -125,6 +126,7 @@ class AbstractMetaLearner(AbstractAdapter):
         statistics are kept of predictions before the last step.
         """
         self.loop_steps, norms = steps, self.model.batch_norms
+        self._steps_made = getattr(self, "inner_steps", None)
         if norms is None or norms.policy != "per_step":
             return
         if adapt_steps is not None and adapt_steps < steps:
@@ -133,6 +135,18 @@ class AbstractMetaLearner(AbstractAdapter):
                 f"inner_steps or more, got {steps - adapt_steps} fewer"
             )
         norms.make_room(steps)
+
+    def prepared(self, points: Points, role: str = "support") -> Points:
+        """As of every adapter. Raises ValueError where inner steps have statistics of their own and were changed since."""
+        norms, steps = self.model.batch_norms, getattr(self, "inner_steps", 0)
+        if norms is not None and norms.policy == "per_step" and self._steps_made is not None:
+            at_test = getattr(self, "adapt_steps", steps)
+            if steps != self._steps_made or at_test < steps:
+                raise ValueError(
+                    f"inner_steps, adapt_steps: batch_norm='per_step' has statistics of {self._steps_made} steps and of predictions after "
+                    f"them: expected inner_steps={self._steps_made} and as many adapt_steps or more, got {steps} and {at_test}"
+                )
+        return super().prepared(points, role)
 
     def renew_statistics(self, episode: Episode, *, generator: torch.Generator | None = None, task_chunk: int | None = None) -> None:
         """After a step of training on ``episode``: running batch-norm statistics, if any, move towards those of its points.

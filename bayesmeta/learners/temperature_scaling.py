@@ -24,7 +24,7 @@ from torch import Tensor
 from ..episodes import Episode, Points
 from ..posteriors import TemperedPosterior
 from ..randomness import rng
-from .base import AbstractAdapter
+from .base import AbstractAdapter, checked_steps
 from .objectives import counts
 
 RANGE = (0.01, 100.0)  # of T
@@ -38,7 +38,7 @@ class TemperatureScaling(AbstractAdapter):
         if not isinstance(adapter, AbstractAdapter):
             raise TypeError(f"adapter: expected a learner, got {type(adapter).__name__}")
         super().__init__(adapter.model)
-        if not 0 < temperature < math.inf:
+        if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
             raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
         self.adapter, self.why_eager = adapter, "its predictions are another learner's"
         self._temperature: Tensor
@@ -57,8 +57,12 @@ class TemperatureScaling(AbstractAdapter):
 
         ``tasks``: validation tasks, say ``family.split("val").sample(200, generator=g)``. ``num_draws``: of φ, as for `evaluate`.
         ``task_chunk``: how many tasks are adapted to at once. RuntimeWarning where T ends at an end of 0.01 to 100: every answer is
-        right, or none is better than chance. Raises ValueError where y is no class, or where no task has a query point.
+        right, or none is better than chance; and where tasks without a prediction, whose adaptation diverged, are left out. Raises
+        TypeError for anything but an Episode, ValueError where y is no class, or where no task has a query point and a prediction.
         """
+        if not isinstance(tasks, Episode):
+            raise TypeError(f"tasks: expected an Episode, such as family.sample(200, generator=g), got {type(tasks).__name__}")
+        checked_steps("task_chunk", task_chunk, least=1)
         if tasks.query.y is None or not bool(tasks.query.mask.any()):
             raise ValueError("tasks: expected query points with targets, got none")
         query = self.adapter.prepared(tasks.query, "query")
@@ -67,12 +71,19 @@ class TemperatureScaling(AbstractAdapter):
             log_probs = torch.cat([self._log_probs(tasks.select(slice(i, i + task_chunk)), num_draws) for i in
                                    range(0, tasks.num_tasks, task_chunk)]).double().clamp(min=SMALLEST)  # fmt: skip
         y = (query.y[..., 0] if query.y.dim() == 3 else query.y).long()[..., None]
+        broken = (log_probs.isnan().any(-1) & query.mask).any(1)
+        if bool(broken.any()):
+            warnings.warn(f"TemperatureScaling: {int(broken.sum())} of {tasks.num_tasks} tasks have no prediction and are left out: their "
+                          "adaptation diverged", RuntimeWarning, stacklevel=2)  # fmt: skip
+        used = query.mask & ~broken[:, None]
+        if not bool(used.any()):
+            raise ValueError("tasks: expected one at least with a query point and a prediction, got none")
         weight = query.mask / counts(query)[:, None]
 
         def slope(sharpness: float) -> float:
             """d NLL / d (1/T): the NLL is convex there, so this crosses 0 once or never."""
             gap = ((sharpness * log_probs).softmax(-1) * log_probs).sum(-1) - log_probs.gather(-1, y)[..., 0]
-            return float(torch.where(query.mask, weight * gap, 0.0).sum())
+            return float(torch.where(used, weight * gap, 0.0).sum())
 
         least, most = (1 / end for end in reversed(RANGE))
         if slope(least) >= 0 or slope(most) <= 0:

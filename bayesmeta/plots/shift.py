@@ -17,6 +17,7 @@ from bayesmeta.plots.style import (
     Array,
     Look,
     dress,
+    even_columns,
     finite_limits,
     key,
     legend,
@@ -34,14 +35,15 @@ LABELS = {"ece": "ECE", "nll": "NLL, nats a point", "brier": "Brier score"}
 
 
 def severity_curves(
-    rows: Rows, *, metric: str = "ece", learners: Sequence[str] | None = None, look: Mapping[str, Look] | None = None, columns: int = 4
+    rows: Rows, *, metric: str = "ece", learners: str | Sequence[str] | None = None, look: Mapping[str, Look] | None = None,
+    columns: int = 4,
 ) -> list[Axes]:
     """``metric`` against severity with its interval, a panel a shift, a line a learner; panels share their y axis.
 
     ``learners``: which, in this order; default all. Raises ValueError where there is no such metric or learner.
     """
     names = _learners(rows, learners)
-    look, kinds = looks(names) if look is None else look, list(dict.fromkeys(str(row["shift"]) for row in rows))
+    look, kinds = {**looks(names), **(look or {})}, list(dict.fromkeys(str(row["shift"]) for row in rows))
     curves = {(kind, name): _curve(rows, kind, name, metric) for kind in kinds for name in names}
     axes = new_grid(len(kinds), cell=(2.3, 2.6), columns=columns, sharex=True, sharey=True)
     for ax, kind in zip(axes, kinds, strict=True):
@@ -54,12 +56,12 @@ def severity_curves(
         dress(ax, grid="y")
     axes[0].set_ylim(finite_limits(*(values for each in curves.values() for values in each[1:])))
     share_labels(axes, x="severity", y=LABELS.get(metric, metric))
-    legend(axes[min(columns, len(axes)) - 1], {name: key(look[name]) for name in names})
+    legend(axes[even_columns(len(axes), columns) - 1], {name: key(look[name]) for name in names})
     return axes
 
 
 def confidence_under_shift(
-    rows: Rows, *, learners: Sequence[str] | None = None, look: Mapping[str, Look] | None = None, columns: int = 5
+    rows: Rows, *, learners: str | Sequence[str] | None = None, look: Mapping[str, Look] | None = None, columns: int = 5
 ) -> list[Axes]:
     """Mean confidence against accuracy, a panel a learner, a line a shift, from no shift (the large dot) on to the severest.
 
@@ -67,7 +69,7 @@ def confidence_under_shift(
     diagonal down. ``learners``: which, in this order; default all. Raises ValueError where the rows lack accuracy or confidence.
     """
     names = _learners(rows, learners)
-    look, kinds = looks(names) if look is None else look, list(dict.fromkeys(str(row["shift"]) for row in rows))
+    look, kinds = {**looks(names), **(look or {})}, list(dict.fromkeys(str(row["shift"]) for row in rows))
     lines = {kind: Look(PALETTE[i % 7], MARKERS[i % 7], DASHES[i % 4]) for i, kind in enumerate(kinds)}
     axes = new_grid(len(names), cell=(1.95, 2.25), columns=columns, sharex=True, sharey=True)
     lowest = 1.0
@@ -88,18 +90,19 @@ def confidence_under_shift(
     axes[0].annotate("overconfident", (0.04, 0.93), xycoords="axes fraction", fontsize=7.5, color=GREY)
     share_labels(axes, x="accuracy", y="mean confidence")
     first = Line2D([], [], color=GREY, marker="o", markersize=6, linestyle="")
-    legend(axes[min(columns, len(axes)) - 1], {"no shift": first, **{kind: key(line) for kind, line in lines.items()}})
+    legend(axes[even_columns(len(axes), columns) - 1], {"no shift": first, **{kind: key(line) for kind, line in lines.items()}})
     return axes
 
 
-def _learners(rows: Rows, learners: Sequence[str] | None) -> list[str]:
+def _learners(rows: Rows, learners: str | Sequence[str] | None) -> list[str]:
+    if not rows or not all({"shift", "severity", "learner", "metric", "estimate", "lower", "upper"} <= set(row) for row in rows):
+        raise ValueError(f"rows: expected those of under_shift, got {f'rows of {sorted(rows[0])}' if rows else 'none'}")
     there = list(dict.fromkeys(str(row["learner"]) for row in rows))
-    if not there:
-        raise ValueError("rows: expected those of under_shift, got none")
-    for name in learners or ():
+    wanted = there if learners is None else [learners] if isinstance(learners, str) else list(learners)
+    for name in wanted or [""]:
         if name not in there:
-            raise ValueError(f"learners: expected some of {', '.join(there)}, got {name!r}")
-    return list(there if learners is None else learners)
+            raise ValueError(f"learners: expected some of {', '.join(there)}, got {name or learners!r}")
+    return wanted
 
 
 def _curve(rows: Rows, kind: str, learner: str, metric: str) -> tuple[Array, Array, Array, Array]:

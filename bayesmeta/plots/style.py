@@ -96,8 +96,8 @@ def new_grid(count: int, *, cell: tuple[float, float], columns: int, **options: 
 
     ``cell``: width and height of one, in inches; ``options`` go to ``Figure.subplots``.
     """
-    rows = -(-count // max(columns, 1))
-    columns = -(-count // rows)
+    columns = even_columns(count, columns)
+    rows = -(-count // columns)
     figure = new_figure(columns * cell[0] + 0.4, rows * cell[1] + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for spare in axes.flat[count:]:
@@ -105,6 +105,11 @@ def new_grid(count: int, *, cell: tuple[float, float], columns: int, **options: 
     for last in axes.flat[max(0, count - columns) : count]:  # the lowest of its column, spare axes or not
         last.tick_params(labelbottom=True)
     return list(axes.flat[:count])
+
+
+def even_columns(count: int, columns: int) -> int:
+    """How many columns `new_grid` has: at most ``columns``, and rows as even as can be."""
+    return -(-count // -(-count // max(columns, 1)))
 
 
 def share_labels(axes: Sequence[Axes], *, x: str, y: str) -> None:

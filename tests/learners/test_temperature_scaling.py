@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import Episode, HierarchicalModel, Points, evaluate
+from bayesmeta import Episode, HierarchicalModel, Points, evaluate, meta_train
 from bayesmeta.learners import ABML, MAML, BlackBox, Ensemble, MatchingNet, TemperatureScaling
 from bayesmeta.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesmeta.networks import HeadNetwork, PrototypeNetwork, WeightNetwork
 from bayesmeta.posteriors import FunctionPosterior, TemperedPosterior
+from bayesmeta.tasks import Sinusoid
 
 from ..conftest import episode
 
@@ -50,7 +51,8 @@ def told(logits):
 
     class Told(BlackBox):
         def adapt(self, support, *, generator=None):
-            return FunctionPosterior(self.model, lambda support, x, mask: dist.Categorical(logits=logits[None]), self.prepared(support))
+            said = dist.Categorical(logits=logits[None], validate_args=False)
+            return FunctionPosterior(self.model, lambda support, x, mask: said, self.prepared(support))
 
         def adapt_over_theta(self, support, *, num_theta=10, generator=None):
             return self.adapt(support)
@@ -190,10 +192,35 @@ def test_bad_input_gets_a_clear_error():
         TemperatureScaling(maml(), temperature=0)
     with pytest.raises(ValueError, match="expected query points with targets, got none"):
         TemperatureScaling(maml()).fit(Episode(e.support, e.query._replace(mask=torch.zeros_like(e.query.mask))))
+    with pytest.raises(TypeError, match=r"tasks: expected an Episode, such as family\.sample"):
+        TemperatureScaling(maml()).fit(Sinusoid())
+    with pytest.raises(ValueError, match="task_chunk: expected a whole number of at least 1, got 0"):
+        TemperatureScaling(maml()).fit(e, task_chunk=0)
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got 'a'"):
+        TemperatureScaling(maml(), temperature="a")
+    with pytest.raises(TypeError, match=r"it needs no training .* it has a fit of its own"):
+        meta_train(TemperatureScaling(maml()), e, steps=1)
     torch.manual_seed(0)
     regression = MAML(HierarchicalModel.from_network(WeightNetwork(nn.Linear(1, 1)), Gaussian()))
     with pytest.raises(ValueError, match="expected a model of classes, got y of Normal"):
         TemperatureScaling(regression).fit(episode())
+
+
+def test_a_task_that_diverged_stops_nobody():
+    e = classes(tasks=6)
+    logits = 3.0 * torch.randn(*e.query.y.shape, CLASSES, generator=seeded()) + 2.0 * torch.nn.functional.one_hot(e.query.y, CLASSES)
+    whole = TemperatureScaling(told(logits[1:])).fit(e.select(slice(1, 6)), task_chunk=9)
+    logits[0] = torch.nan
+    learner = told(logits)
+    scaled = TemperatureScaling(learner)
+    report = evaluate({"plain": learner, "scaled": scaled}, e, examples=0)
+    for name in ("plain", "scaled"):
+        assert report.results[name].metrics["nll"][0] != report.results[name].metrics["nll"][0]
+        assert not any(v != v for v in report.results[name].metrics["nll"][1:])
+    with pytest.warns(RuntimeWarning, match="1 of 6 tasks have no prediction and are left out"):
+        assert scaled.fit(e, task_chunk=9) == pytest.approx(whole, rel=1e-10)
+    with pytest.warns(RuntimeWarning, match="1 of 1 tasks"), pytest.raises(ValueError, match="a query point and a prediction, got none"):
+        TemperatureScaling(told(logits[:1])).fit(e.select(slice(0, 1)))
 
 
 def test_says_where_there_is_no_best_temperature():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bayesmeta.plots import confidence_under_shift, severity_curves
+from bayesmeta.plots import Look, confidence_under_shift, severity_curves
 
 SEVERITIES = (0.0, 0.5, 1.0)
 
@@ -49,10 +49,29 @@ def test_chosen_learners_in_the_order_asked_for():
     assert [text.get_text() for text in severity_curves(rows(), learners=["b", "a"])[1].get_legend().get_texts()] == ["b", "a"]
 
 
+@pytest.mark.parametrize(("count", "columns", "place"), [(8, 5, 3), (13, 5, 4), (3, 5, 2), (5, 5, 4)])
+def test_the_legend_stands_at_the_right_of_the_first_row(count, columns, place):
+    axes = confidence_under_shift(rows(learners=[f"learner {k}" for k in range(count)]), columns=columns)
+    assert [k for k, ax in enumerate(axes) if ax.get_legend() is not None] == [place]
+    right = max(ax.get_subplotspec().colspan.stop for ax in axes)
+    assert axes[place].get_subplotspec().colspan.stop == right and axes[place].get_subplotspec().rowspan.start == 0
+
+
+def test_one_name_and_some_looks_are_enough():
+    mine = Look("#123456", "o", "-")
+    (ax,) = confidence_under_shift(rows(), learners="b", look={"b": mine})
+    assert ax.get_title(loc="left") == "b"
+    assert [line.get_color() for line in severity_curves(rows(), look={"b": mine})[0].lines][1] == "#123456"
+
+
 def test_bad_input_gets_a_clear_error():
     with pytest.raises(ValueError, match="learners: expected some of a, b, got 'c'"):
         severity_curves(rows(), learners=["c"])
     with pytest.raises(ValueError, match="metric: expected one of accuracy, confidence, ece, got 'nll'"):
         severity_curves(rows(), metric="nll")
+    with pytest.raises(ValueError, match=r"learners: expected some of a, b, got \[\]"):
+        severity_curves(rows(), learners=[])
+    with pytest.raises(ValueError, match=r"rows: expected those of under_shift, got rows of \['learner', 'score'\]"):
+        severity_curves([{"learner": "a", "score": "entropy"}])
     with pytest.raises(ValueError, match="rows: expected those of under_shift, got none"):
         confidence_under_shift([])
