@@ -117,22 +117,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of 4 tasks each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--redraws", type=int, default=10)
+    parser.add_argument("--batch-norm", choices=("task", "none"), help="candidates of that kind alone")
     parser.add_argument("--all", action="store_true", help="test every candidate")
     parser.add_argument("--out", type=Path, default=Path("runs/small_omniglot"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     every, rows, chosen = tuple(range(30)), [], []
+    candidates = [one for one in CANDIDATES if options.batch_norm in (None, one.batch_norm)]
     for seed in range(options.seeds):
         family = bm.tasks.Omniglot.small(options.root, ways=WAYS, seed=seed)
         order = torch.randperm(30, generator=torch.Generator().manual_seed(seed)).tolist()
         known, held_out = tuple(order[VALIDATION:]), Part(family.split("train"), tuple(order[:VALIDATION]))
         test, scores = Part(family.split("test"), tuple(range(20))), {}
-        for candidate in CANDIDATES:
+        for candidate in candidates:
             start = time.time()
             scores[candidate] = float(accuracies(trained(candidate, seed, known, options), held_out, options.redraws)["accuracy"].mean())
             print(f"seed {seed}  {candidate}: validation {scores[candidate]:.3f} ({time.time() - start:.0f} s)", flush=True)
         best = max(scores, key=lambda candidate: scores[candidate])
-        for candidate in CANDIDATES if options.all else [best]:
+        for candidate in candidates if options.all else [best]:
             found = accuracies(trained(candidate, seed, every, options), test, options.redraws)
             interval = bootstrap_interval(found["accuracy"])
             print(f"seed {seed}  {candidate}: test accuracy {interval.estimate:.3f} ({interval.lower:.3f} to {interval.upper:.3f}), "
