@@ -8,8 +8,8 @@
 Vinyals' split: 1,028 characters to train on, 172 for the learning curve, 423 to test on, each turned by 90, 180 and 270 degrees as classes
 of their own. Test: 1,000 episodes of 15 queries a class; accuracy, NLL and Brier are means over episodes with 95% intervals, ECE (15 bins)
 pools all queries. Prototypical networks train with more classes an episode than they are tested with (Snell et al. 2017). MAML takes one
-inner step in training and three in the test, of 0.4; the fully connected network of 0.2, trained on drawings that are moved a little. Batch norm
-is by the set at hand, so both are transductive.
+inner step in training and three in the test, of 0.4; the fully connected network of 0.2, trained on drawings that are moved a little.
+Batch norm is by the set at hand, so both are transductive.
 
 The papers: prototypical networks 98.8 and 99.7% (1 and 5 shots), MAML 98.7 and 99.9, fully connected 89.7 and 97.5 (Snell et al. 2017, Finn
 et al. 2017). An interrupted run goes on from its checkpoint when started again with the same arguments.
