@@ -11,13 +11,13 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
 
-# Measured for 11 learners and networks: docs/performance.md says how
+# Set by what MAML, ABML, Exact, a network of convolutions and the amortized learner took on one machine; good to a factor of about two
 TRACE_STEPS, TRACE_SECONDS = 200, 6.0  # tracing takes as long as so many eager steps; of steps whose time is arithmetic so many seconds
 TRACE_SECONDS_A_NODE = 0.0013
 COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 4.0, 0.013  # of each graph
@@ -34,7 +34,7 @@ def tracing(eager: float) -> float:
     return min(TRACE_STEPS * eager, TRACE_SECONDS)
 
 
-def compiling(graphs: Iterable[GraphModule], traced_in: float) -> float:
+def compiling(graphs: Sequence[GraphModule], traced_in: float) -> float:
     """Seconds to compile ``graphs``, or to load them where that has been done before; ``traced_in``: what tracing them has taken."""
     sizes = [len(graph.graph.nodes) for graph in graphs]
     pace = traced_in / (TRACE_SECONDS_A_NODE * sum(sizes))  # of this machine, to the one that the constants are of
@@ -45,12 +45,12 @@ def compiling(graphs: Iterable[GraphModule], traced_in: float) -> float:
     return min(max(pace, 0.5), 2.0) * seconds
 
 
-def is_on_disk(graphs: Iterable[GraphModule]) -> bool:
+def is_on_disk(graphs: Sequence[GraphModule]) -> bool:
     """Whether they were compiled before, by this version of torch and for as many threads, and the compiler's cache is still there."""
     return _mark(graphs).exists()
 
 
-def note_on_disk(graphs: Iterable[GraphModule]) -> None:
+def note_on_disk(graphs: Sequence[GraphModule]) -> None:
     """Leaves the mark that `is_on_disk` looks for; nothing where the folder cannot be written to."""
     with contextlib.suppress(OSError):
         mark = _mark(graphs)
@@ -58,7 +58,7 @@ def note_on_disk(graphs: Iterable[GraphModule]) -> None:
         mark.touch()
 
 
-def _mark(graphs: Iterable[GraphModule]) -> Path:
+def _mark(graphs: Sequence[GraphModule]) -> Path:
     facts = [torch.__version__, str(torch.get_num_threads())]
     for graph in graphs:
         inputs = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]

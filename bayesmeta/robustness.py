@@ -32,7 +32,8 @@ def under_shift(
     become overconfident. ``on``: what is shifted, "query", "support" or "both". ``options`` go to `evaluate`: ``task_chunk``,
     ``num_draws``, ….
 
-    Severity 0 is the same for all kinds, and done once. Raises ValueError for an unknown kind, and as `evaluate` does.
+    Severity 0 is the same for all kinds, and done once. Raises TypeError for what is no family, ValueError for an unknown kind, for none,
+    and where y is no class, and as `evaluate` does.
     """
     checked_steps("num_tasks", num_tasks, least=1)
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
@@ -65,11 +66,12 @@ def out_of_episode(
 
     ``{learner, score, auroc, lower, upper}``, with 95% intervals by resampling tasks: 1 tells all apart, 0.5 is chance. Three scores:
     "confidence", the probability of the likeliest class (Hendrycks & Gimpel 2017); "entropy" of the predictive; "information", the part of
-    that entropy that comes of not knowing φ and θ (Depeweg et al. 2018, eq. 1), NaN where a predictive is of one draw: a
+    that entropy that comes of not knowing φ and θ (Depeweg et al. 2018), NaN where a predictive is of one draw: a
     point estimate's, or a tempered one.
 
     ``outside``: the family whose images are the others; by default they are of the other classes of ``family``. With batch norm by the
-    set at hand they are in the query set's statistics too.
+    set at hand they are in the query set's statistics too. Raises TypeError for families without classes to leave out, ValueError where
+    a model is not one of classes, and as `AbstractFewShot.detection` does.
     """
     named = named_adapters(adapters)
     checked_steps("num_tasks", num_tasks, least=1)

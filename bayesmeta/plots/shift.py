@@ -10,9 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from bayesmeta.plots.style import (
-    DASHES,
     GREY,
-    MARKERS,
     PALETTE,
     Array,
     Look,
@@ -70,7 +68,7 @@ def confidence_under_shift(
     """
     names = _learners(rows, learners)
     look, kinds = {**looks(names), **(look or {})}, list(dict.fromkeys(str(row["shift"]) for row in rows))
-    lines = {kind: Look(PALETTE[i % 7], MARKERS[i % 7], DASHES[i % 4]) for i, kind in enumerate(kinds)}
+    lines = looks(kinds)
     axes = new_grid(len(names), cell=(1.95, 2.25), columns=columns, sharex=True, sharey=True)
     lowest = 1.0
     for ax, name in zip(axes, names, strict=True):
@@ -84,9 +82,10 @@ def confidence_under_shift(
             ax.plot(accuracy[:1], confidence[:1], color=GREY, marker="o", markersize=6, zorder=3, clip_on=False)
         name_panel(ax, name, look[name])
         dress(ax, grid="both")
-    axes[0].set(xlim=(max(0.0, lowest - 0.05), 1), ylim=(max(0.0, lowest - 0.05), 1))
     if lowest < 0.3:
         axes[0].set(xlim=(0, 1), ylim=(0, 1), xticks=HALVES, yticks=HALVES)
+    else:
+        axes[0].set(xlim=(lowest - 0.05, 1), ylim=(lowest - 0.05, 1))
     axes[0].annotate("overconfident", (0.04, 0.93), xycoords="axes fraction", fontsize=7.5, color=GREY)
     share_labels(axes, x="accuracy", y="mean confidence")
     first = Line2D([], [], color=GREY, marker="o", markersize=6, linestyle="")
