@@ -550,6 +550,20 @@ class HierarchicalModel(nn.Module):
         value = torch.where(here.full_mask(), point_divergence(here.base, there.base), 0.0) * here.scale
         return value.flatten(value.dim() - here.point_axes - 1).sum(-1).expand(other.shape[:-1])
 
+    def imagined_log_likelihood(self, phi: Tensor, points: Points | Episode, draws: int) -> Tensor:
+        """log p(ỹ | φ, θ) of each task at ``draws`` targets ỹ ~ p(y | φ, θ) drawn here, ``(*S, T, D)`` to ``(draws, *S, T)``.
+
+        The squares of its gradient in φ have the diagonal of the Fisher information as their mean. Draws from torch's global stream.
+        """
+        points = self.prepare(points)
+        target = self._run(Packed(self._checked(phi)), points).target
+        assert target is not None
+        with torch.no_grad():
+            y = target.base.sample((draws,))
+        # a likelihood that counts c times has c times the information: √c in the score
+        value = torch.where(target.full_mask(), target.base.log_prob(y), 0.0) * torch.as_tensor(target.scale).sqrt()
+        return value.flatten(value.dim() - target.point_axes - 1).sum(-1).expand(draws, *phi.shape[:-1])
+
     def predict(self, phi: Tensor, x: Tensor, mask: Tensor | None = None) -> Any:
         """The distribution of one point's y at inputs ``x (T, N, *I)``, batch ``(*S, T, N)``.
 

@@ -282,7 +282,9 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
     }
     default = tuple(learners)
     learners |= {  # the same with all weights as φ: seconds a step on a CPU, and not trained to their end with these settings
-        "LLAMA-all": lambda model: LLAMA(model, inner_steps=1, inner_lr=0.4, curvature="diagonal", hessian="gauss_newton", adapt_steps=3),
+        "LLAMA-all": lambda model: LLAMA(
+            model, inner_steps=1, inner_lr=0.4, adapt_steps=3, curvature="diagonal", hessian="sampled", eta=0.0
+        ),
         "ABML-all": lambda model: ABML(model, inner_steps=3, inner_lr=1.5, kl_weight=0.1, step_units="prior"),
         "BMAML-all": lambda model: BMAML(model, num_particles=3, inner_steps=1, inner_lr=0.01, objective="predictive", adapt_steps=3),
     }

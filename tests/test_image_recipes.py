@@ -59,7 +59,7 @@ def test_the_learners_and_which_run_unasked():
     assert {"glyphs", "omniglot"} <= set(comparison.FAMILIES)
 
 
-@pytest.mark.parametrize("name", [*NAMES, pytest.param("LLAMA-all", marks=pytest.mark.slow), *ALL_WEIGHTS[1:]])
+@pytest.mark.parametrize("name", [*NAMES, *ALL_WEIGHTS])
 def test_every_learner_trains_adapts_and_predicts(name):
     recipe = tiny()
     learner = recipe.learners[name](recipe.model)

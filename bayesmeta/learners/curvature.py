@@ -2,16 +2,18 @@
 
     exact          H = −∇² log p(y | φ)                           may have negative eigenvalues
     gauss_newton   H = ∇²_φ' KL( p(y | φ) ‖ p(y | φ') ) at φ' = φ  = Σ_j J_jᵀ F_j J_j, never negative
+    sampled        H ≈ 1/L Σ_l ( ∇ log p(ỹ_l | φ) )²,  ỹ_l ~ p(y | φ): Gauss–Newton's diagonal on average, in L backward passes
 
 J_j: derivative of the parameters of the distribution of y_j in φ; F_j: their Fisher information. So it means the same for any program and
 any way to write the likelihood, and where the network puts out natural parameters (Gaussian of fixed noise, Bernoulli, Categorical,
 Poisson) it is the generalised Gauss–Newton matrix, F_j = −∇² log p(y_j | output) (Martens 2020, section 9.2). Squares of the observed
-scores ("empirical Fisher") are neither.
+scores ("empirical Fisher") are neither; those of targets that the model itself draws are right on average, since scores of different points
+have mean 0 and no correlation (Martens 2020, section 5): an entry's relative error is about √(2/L). Its gradient takes ỹ as given.
 
 | kind | H, one block of entries after another | backward passes |
 |---|---|---|
 | "full" | all of it | D |
-| "diagonal" | its diagonal | D |
+| "diagonal" | its diagonal | D; "sampled" L |
 | "kronecker" | for each linear layer 1/N Σ_j G_j ⊗ Σ_j a_j a_jᵀ (Martens & Grosse 2015): a_j its inputs and 1 for a bias, G_j the curvature in its outputs | layer outputs |
 | "last_layer" | the last layer's block, Σ_j G_j ⊗ a_j a_jᵀ where it is linear; the entries before it have none | layer outputs, or entries |
 """  # noqa: E501 - a table
@@ -39,7 +41,7 @@ from .objectives import counts
 from .steps import derivatives
 
 KINDS = ("full", "diagonal", "kronecker", "last_layer")
-HESSIANS = ("exact", "gauss_newton")
+HESSIANS = ("exact", "gauss_newton", "sampled")
 
 
 class Layer(NamedTuple):
@@ -52,18 +54,21 @@ class Layer(NamedTuple):
 
 
 def likelihood_curvature(
-    model: HierarchicalModel, phi: Tensor, points: Points, *, kind: str, hessian: str, create_graph: bool = False
+    model: HierarchicalModel, phi: Tensor, points: Points, *, kind: str, hessian: str, draws: int = 20, create_graph: bool = False
 ) -> list[Block]:
     """H of the log-likelihood of ``points``, summed over them, at ``phi (T, D)``: see the module's docstring.
 
-    ``create_graph``: keep it differentiable in φ and θ. Raises ValueError where the network has no such layers, or the likelihood no
-    Gauss–Newton curvature.
+    ``draws``: L. ``create_graph``: keep it differentiable in φ and θ. Raises ValueError for "sampled" of more than the diagonal, where the
+    network has no such layers, and where the likelihood has no Gauss–Newton curvature.
     """
 
     def bend(moved: Tensor) -> Tensor:
         return -model.log_likelihood(moved, points) if hessian == "exact" else model.divergence(phi, moved, points)
 
     every = slice(0, model.dim)
+    if hessian == "sampled":
+        checked_pair(kind, hessian)
+        return [Block(every, sampled_diagonal(model, phi, points, draws, create_graph=create_graph))]
     if kind == "full":
         return [Block(every, second(bend, phi, every, create_graph=create_graph))]
     if kind == "diagonal":
@@ -97,6 +102,21 @@ def second_diagonal(f: Callable[[Tensor], Tensor], phi: Tensor, *, create_graph:
         rows = [_entry(gradient, move, d, create_graph) for d in range(phi.shape[-1])]
     diagonal = torch.stack(rows, -1)
     return diagonal if create_graph else diagonal.detach()
+
+
+def sampled_diagonal(model: HierarchicalModel, phi: Tensor, points: Points, draws: int, *, create_graph: bool = False) -> Tensor:
+    """The diagonal of the Gauss–Newton matrix from ``draws`` targets of the model's own, ``(T, D)``: one backward pass each."""
+    with torch.enable_grad():
+        move = torch.zeros_like(phi).detach().requires_grad_()
+        values = _moved(lambda moved: model.imagined_log_likelihood(moved, points, draws), phi, slice(0, phi.shape[-1]))(move)
+        scores = [torch.autograd.grad(v.sum(), move, retain_graph=True, create_graph=create_graph)[0] for v in values]
+    return torch.stack(scores).square().mean(0)
+
+
+def checked_pair(kind: str, hessian: str) -> None:
+    """ValueError where ``hessian`` is not to be had of this ``kind``."""
+    if hessian == "sampled" and kind != "diagonal":
+        raise ValueError(f"hessian='sampled' is for curvature='diagonal' (its draws are too few for more); got curvature={kind!r}")
 
 
 def checked_kind(kind: str, network: AbstractNetwork | None) -> str:

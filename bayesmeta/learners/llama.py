@@ -22,8 +22,8 @@ Where H is not positive (an exact Hessian of a network) no eigenvalue of H + Λ_
 | adapt_steps | K at test | |
 | objective | | "paper" or "evidence"; says also along which gradient φ̂ is found |
 | curvature | | what of H is kept: "full", "diagonal", "kronecker" (linear layers) or "last_layer", where the layers before keep the prior's width and have no part in g |
-| hessian | | "exact", or "gauss_newton", which is never negative: better for networks |
-| eta, damping | η, δ | of "paper"; q and "evidence" need no damping, the prior gives it |
+| hessian | | "exact", or "gauss_newton", which is never negative: better for networks; "sampled", its diagonal by ``fisher_draws`` targets of the model's own: for large networks |
+| eta, damping | η, δ | of "paper"; η = 0 spares H in training; q and "evidence" need no damping, the prior gives it |
 | first_order | | take the inner gradients as constants |
 """  # noqa: E501 - a table
 
@@ -41,7 +41,7 @@ from ..posteriors import TaskPosterior
 from ..randomness import rng
 from .base import AbstractMetaLearner, checked_choice, checked_steps
 from .blocks import Block, floored, log_determinant, newton_step, normal, plus
-from .curvature import HESSIANS, checked_kind, likelihood_curvature, prior_precision
+from .curvature import HESSIANS, checked_kind, checked_pair, likelihood_curvature, prior_precision
 from .objectives import counts, mean_nll
 from .steps import descend
 
@@ -57,7 +57,7 @@ class LLAMA(AbstractMetaLearner):
     def __init__(
         self, model: HierarchicalModel, *, inner_steps: int = 5, inner_lr: float = 0.1, adapt_steps: int | None = None,
         objective: str = "paper", curvature: str = "full", hessian: str = "exact", damping: float = 1e-3, eta: float = 1e-6,
-        first_order: bool = False,
+        fisher_draws: int = 20, first_order: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model)
         self.inner_steps, self.inner_lr = checked_steps("inner_steps", inner_steps), inner_lr
@@ -65,6 +65,8 @@ class LLAMA(AbstractMetaLearner):
         self.takes_steps(self.inner_steps, self.adapt_steps)
         self.objective = checked_choice("objective", objective, ("paper", "evidence"))
         self.curvature, self.hessian = checked_kind(curvature, model.network), checked_choice("hessian", hessian, HESSIANS)
+        checked_pair(self.curvature, self.hessian)
+        self.fisher_draws = checked_steps("fisher_draws", fisher_draws, least=1)
         for name, value in (("damping", damping), ("eta", eta)):
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
@@ -83,6 +85,8 @@ class LLAMA(AbstractMetaLearner):
             if self.objective == "evidence":
                 return -self._log_evidence(self.prepared(support.union(query), "episode"))
             phi = self._phi(support, self.inner_steps, keep_graph=True)
+            if self.eta == 0:
+                return -self.model.log_likelihood(phi, query)
             damped = plus(self._curvature(phi, query, keep_graph=True), torch.full_like(phi, self.damping))
             damped = floored(damped, torch.ones_like(phi), FLOOR * self.damping)
             return -self.model.log_likelihood(phi, query) + self.eta / 2 * log_determinant(damped)
@@ -125,4 +129,6 @@ class LLAMA(AbstractMetaLearner):
 
     def _curvature(self, phi: Tensor, points: Points, *, keep_graph: bool) -> list[Block]:
         create_graph = keep_graph and torch.is_grad_enabled()
-        return likelihood_curvature(self.model, phi, points, kind=self.curvature, hessian=self.hessian, create_graph=create_graph)
+        return likelihood_curvature(
+            self.model, phi, points, kind=self.curvature, hessian=self.hessian, draws=self.fisher_draws, create_graph=create_graph
+        )

@@ -420,3 +420,64 @@ def test_the_last_linear_layers_curvature_is_the_block_of_the_whole(float64):
     for hessian in ("exact", "gauss_newton"):
         full, last = (likelihood_curvature(model, phi, points, kind=kind, hessian=hessian)[-1] for kind in ("full", "last_layer"))
         torch.testing.assert_close(last.matrix, full.matrix[:, last.where, last.where], rtol=0, atol=1e-12)
+
+
+@every_likelihood
+def test_sampled_curvature_is_gauss_newtons_diagonal_on_average(float64, name):
+    model, phi, points, _ = made(name)
+    wanted = curvature(model, phi, points, "diagonal", "gauss_newton")[0].matrix
+    torch.manual_seed(3)
+    runs = torch.stack([curvature(model, phi, points, "diagonal", "sampled", draws=300)[0].matrix for _ in range(30)])
+    error = runs.mean(0) - wanted
+    assert (error.abs() <= 4.5 * runs.std(0) / math.sqrt(30) + 1e-12).all()
+    assert (runs.std(0) <= 0.3 * wanted + 1e-12).all()  # so the bound above means something
+
+
+@every_likelihood
+def test_sampled_curvature_is_the_squared_score_of_the_models_own_draws(float64, name):
+    model, phi, points, body = made(name)
+    nll = NLL[name][2]
+    torch.manual_seed(5)
+    y = model.predict(phi, points.x, points.mask).sample((2,))
+    phi = phi.requires_grad_()
+    wanted = []
+    for task in range(len(COUNTS)):
+        real = points.mask[task].nonzero()[:, 0]
+        losses = [sum(nll(call(body, phi[task], points.x[task, j, None])[0], y[draw, task, j]) for j in real) for draw in range(2)]
+        wanted.append(sum(torch.autograd.grad(loss, phi, create_graph=True)[0][task] ** 2 for loss in losses) / 2)
+    torch.manual_seed(5)
+    (block,) = curvature(model, phi, points, "diagonal", "sampled", draws=2, create_graph=True)
+    torch.testing.assert_close(block.matrix, torch.stack(wanted), rtol=0, atol=1e-10)
+    got, gradient = (torch.autograd.grad(m.log1p().sum(), phi)[0] for m in (block.matrix, torch.stack(wanted)))
+    torch.testing.assert_close(got, gradient, rtol=0, atol=1e-9)
+
+
+def test_sampled_curvature_of_one_gaussian_point_has_gauss_newtons_proportions(float64):
+    model, phi, points, _ = made("gaussian", counts=(1,))
+    wanted = curvature(model, phi, points, "diagonal", "gauss_newton")[0].matrix[0]
+    sampled = curvature(model, phi, points, "diagonal", "sampled", draws=2)[0].matrix[0]
+    torch.testing.assert_close(sampled / sampled.sum(), wanted / wanted.sum(), rtol=1e-10, atol=0)
+
+
+def test_sampled_curvature_of_a_scaled_likelihood_is_scaled(float64):
+    def program(points):
+        with pyro.plate("tasks", points.num_tasks, dim=-1):
+            slope = pyro.sample("slope", dist.Normal(torch.zeros(points.num_tasks, 2), 1.0).to_event(1))
+            mean = (points.x @ slope[..., None])[..., 0]
+            with pyro.poutine.scale(scale=7.0):
+                pyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=points.y)
+
+    points = ragged((4, 0, 2), 2)
+    model = HierarchicalModel(program, example=points)
+    points, phi = model.prepare(points), torch.zeros(3, 2)
+    wanted = curvature(model, phi, points, "diagonal", "gauss_newton")[0].matrix
+    torch.manual_seed(0)
+    sampled = curvature(model, phi, points, "diagonal", "sampled", draws=4000)[0].matrix
+    torch.testing.assert_close(sampled, wanted, rtol=5 * math.sqrt(2 / 4000), atol=0)
+    assert not sampled[1].any()
+
+
+def test_sampled_curvature_is_for_the_diagonal():
+    model, phi, points, _ = made("gaussian")
+    with pytest.raises(ValueError, match=r"hessian='sampled' is for curvature='diagonal'.*got curvature='full'"):
+        curvature(model, phi, points, "full", "sampled")

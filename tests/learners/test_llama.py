@@ -431,6 +431,17 @@ def test_float32_networks_have_finite_posteriors():
             assert (q.variance > 0).all()
 
 
+def test_sampled_curvature_gives_q_a_variance_near_gauss_newtons(float64):
+    model, e = wide_network(3), class_episode()
+    wanted = LLAMA(model, curvature="diagonal", hessian="gauss_newton").adapt(e.support).distribution
+    learner = LLAMA(model, curvature="diagonal", hessian="sampled", fisher_draws=2000)
+    q, again, other = (learner.adapt(e.support, generator=torch.Generator().manual_seed(s)).distribution for s in (0, 0, 1))
+    torch.testing.assert_close(q.variance, wanted.variance, rtol=0.2, atol=0)
+    torch.testing.assert_close(q.mean, wanted.mean, rtol=0, atol=0)
+    assert torch.equal(q.variance, again.variance)
+    assert not torch.equal(q.variance, other.variance)
+
+
 def test_wrong_options_are_named(linear_model):
     for options, match in (
         ({"objective": "evidense"}, "did you mean 'evidence'"),
@@ -442,6 +453,8 @@ def test_wrong_options_are_named(linear_model):
         ({"adapt_steps": -1}, "adapt_steps: expected a whole number"),
         ({"curvature": "kronecker"}, "curvature='kronecker' needs a WeightNetwork .* got a program without layers"),
         ({"curvature": "last_layer"}, "curvature='last_layer' needs .* got a program without layers"),
+        ({"hessian": "sampled"}, "hessian='sampled' is for curvature='diagonal'"),
+        ({"curvature": "diagonal", "hessian": "sampled", "fisher_draws": 0}, "fisher_draws: expected a whole number of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=match):
             LLAMA(linear_model, **options)
