@@ -52,22 +52,22 @@ def bandwidth_of(particles: Tensor, kind: str | float) -> Tensor:
 
 def kernel(particles: Tensor, h: Tensor) -> Tensor:
     """k(φ_m, φ_n) of ``particles (M, T, D)`` under ``h (T, 1)`` or ``(T, D)``: ``(T, M, M)``, 1 on the diagonal."""
+    if h.shape[-1] == 1:
+        return (-_squared_distances(particles) / h[..., None]).exp()
     return (-_squared_distances(particles / h.sqrt())).exp()
 
 
-def repulsion(particles: Tensor, h: Tensor, k: Tensor) -> Tensor:
-    """Σ_n ∇_{φ_n} k(φ_n, φ_m) = Σ_n 2 (φ_m − φ_n) k(φ_n, φ_m) / h, ``(M, T, D)``, for `kernel`'s ``k``."""
-    centred = particles - particles.mean(0)  # only differences count, and these lose no digits
-    return 2 * (k.sum(-1).mT[..., None] * centred - torch.einsum("tmn,ntd->mtd", k, centred)) / h
-
-
 def direction(particles: Tensor, score: Tensor, bandwidth: str | float = "scalar") -> Tensor:
-    """φ*(φ_m) = 1/M Σ_n [k ∇ log p(φ_n) + ∇ k] of ``particles`` with gradients ``score``, all ``(M, T, D)``."""
+    """φ*(φ_m) = 1/M Σ_n [k ∇ log p(φ_n) + ∇ k] of ``particles`` with gradients ``score``, all ``(M, T, D)``.
+
+    ∇_{φ_n} k(φ_n, φ_m) = 2/h (φ_m − φ_n) k(φ_n, φ_m), so the sum is k (∇ log p − 2/h φ) + 2/h φ Σ_n k: one product with k.
+    """
     if len(particles) == 1:
         return score
     h = bandwidth_of(particles, bandwidth)
     k = kernel(particles, h)
-    return (torch.einsum("tmn,ntd->mtd", k, score) + repulsion(particles, h, k)) / len(particles)
+    away = 2 / h * _centred(particles)
+    return ((k @ (score - away).transpose(0, 1)).transpose(0, 1) + k.sum(-1).mT[..., None] * away) / len(particles)
 
 
 def transport(
@@ -93,9 +93,13 @@ def transport(
     return phi
 
 
+def _centred(particles: Tensor) -> Tensor:
+    return particles - particles.mean(0)  # only differences count, and these lose no digits
+
+
 def _squared_distances(particles: Tensor) -> Tensor:
     """‖φ_m − φ_n‖², ``(T, M, M)``: multiplied out, as ``(M, M, T, D)`` would be large."""
-    centred = particles - particles.mean(0)
-    gram = torch.einsum("mtd,ntd->tmn", centred, centred)
+    centred = _centred(particles).transpose(0, 1)
+    gram = centred @ centred.mT
     squares = gram.diagonal(dim1=-2, dim2=-1)
     return squares[..., :, None] + squares[..., None, :] - 2 * gram
