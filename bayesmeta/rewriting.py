@@ -3,6 +3,7 @@
     (A B)ᵀ  →  Bᵀ Aᵀ     a gradient in weights comes out transposed, and setting it right number by number took longer than the product
     large float32 A B    oneDNN's on the CPU: torch takes MKL's, which uses half of what other makers' processors can do (measured on an
                          AMD EPYC: 52 µs instead of 103 for 1360 × 64 × 64)
+    the same for all     once (`sharing`); sums of products within the product (`sums_of_products`)
     Cholesky, n ≤ 3      plain operations (`small_matrices`)
     its check of errors  NaN where it fails, which a step's own check finds: an error raised in a graph keeps it from the disk cache
 """
@@ -16,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import small_matrices
+from .graph_nodes import is_pure, note_values, shape, transposed_from
+from .sharing import shared
+from .sums_of_products import add_up_within_products
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
-TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
-VIEWS = (aten.view.default, aten._unsafe_view.default)  # hang on how numbers stand in memory, which these rules change
 SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # transposed by transposing what they are of
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications from which oneDNN's product is the faster
 LEAST = 32  # rows or columns: a long and narrow one gains nothing
@@ -35,7 +37,6 @@ FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {  # of small matrices: whi
     aten.cholesky_solve.default: (1, small_matrices.cholesky_solve),
     aten.cholesky_inverse.default: (0, small_matrices.cholesky_inverse),
 }
-
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -54,15 +55,16 @@ _library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta
 
 def rewritten(module: GraphModule) -> GraphModule:
     """A copy of ``module`` with the rules above applied, and without what tracing noted of its tensors."""
-    graph, copied = Graph(), dict[Node, Node]()
-    for node in module.graph.nodes:
-        copied[node] = graph.node_copy(node, copied.__getitem__)
-        if node.target in VIEWS:
-            copied[node].target = aten.reshape.default
-    whole = GraphModule(module, graph)
+    whole = shared(module)
+    graph = whole.graph
+    note_values(whole, module)
+    if is_pure(graph):
+        add_up_within_products(graph)
+        note_values(whole, module)
     for node in list(graph.nodes):
-        if _is_transpose(node) and _can_flip(node.args[0]):
-            node.replace_all_uses_with(_flipped(node.args[0]))
+        product = transposed_from(node)
+        if product is not None and _can_flip(product):
+            node.replace_all_uses_with(_flipped(product))
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _is_large(*node.args[-2:]):
@@ -73,7 +75,7 @@ def rewritten(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         if node.target in FACTORS:
             which, instead = FACTORS[node.target]
-            if 1 <= _shape(node.args[which])[-1] <= small_matrices.LARGEST:
+            if 1 <= shape(node.args[which])[-1] <= small_matrices.LARGEST:
                 _written_out(node, instead)
     for node in graph.nodes:
         node.meta.clear()
@@ -85,38 +87,37 @@ def _can_flip(node: Any) -> bool:
     """Whether the transpose of a node costs no more than the node, which nobody wants as it is."""
     if node.op != "call_function":
         return False
-    if _is_transpose(node):
+    if transposed_from(node) is not None:
         return True
     if len(node.users) > 1 or node.kwargs:
         return False
     if node.target in PRODUCTS:
         return True
     if node.target == aten.reshape.default:
-        before, after = _shape(node.args[0]), _shape(node)
+        before, after = shape(node.args[0]), shape(node)
         only_leading = min(len(before), len(after)) >= 2 and before[-2:] == after[-2:]
         return only_leading and _can_flip(node.args[0])
-    return node.target in SUMS and all(_shape(arg) == _shape(node) and _can_flip(arg) for arg in node.args if isinstance(arg, Node))
+    return node.target in SUMS and all(shape(arg) == shape(node) and _can_flip(arg) for arg in node.args if isinstance(arg, Node))
 
 
 def _flipped(node: Any) -> Node:
     """The transpose of a node that can be flipped, put in behind it."""
-    if _is_transpose(node):
-        inner: Node = node.args[0]
+    if (inner := transposed_from(node)) is not None:
         return inner
     if node.target in PRODUCTS:
         args: list[Any] = [_transposed(operand, node) for operand in reversed(node.args)]
     else:
         args = [_flipped(arg) if isinstance(arg, Node) else arg for arg in node.args]
     if node.target == aten.reshape.default:
-        *leading, rows, columns = _shape(node)
+        *leading, rows, columns = shape(node)
         args[1] = [*leading, columns, rows]
     with node.graph.inserting_after(node):
         return _noted(node.graph.call_function(node.target, tuple(args)), node)
 
 
 def _transposed(operand: Any, before: Node) -> Node:
-    if _is_transpose(operand):
-        return operand.args[0]
+    if (inner := transposed_from(operand)) is not None:
+        return inner
     with before.graph.inserting_before(before):
         return _noted(before.graph.call_function(aten.transpose.int, (operand, -2, -1)), operand)
 
@@ -125,18 +126,6 @@ def _noted(node: Node, like: Node) -> Node:
     """``node`` with what is known of its result: that of ``like``, transposed."""
     node.meta["val"] = like.meta["val"].mT
     return node
-
-
-def _is_transpose(node: Any) -> bool:
-    """Whether it swaps the last two axes of matrices, and nothing else."""
-    if not isinstance(node, Node) or node.target not in TRANSPOSES:
-        return False
-    n = len(_shape(node.args[0]))
-    if node.target == aten.t.default:
-        return n == 2
-    if node.target == aten.permute.default:
-        return n >= 2 and [i % n for i in node.args[1]] == [*range(n - 2), n - 1, n - 2]  # type: ignore[union-attr, operator]
-    return n >= 2 and sorted(i % n for i in node.args[1:]) == [n - 2, n - 1]  # type: ignore[operator]
 
 
 def _multiply_by_onednn(node: Node) -> None:
@@ -197,8 +186,3 @@ def _is_large(a: Any, b: Any) -> bool:
         return False
     sizes = (*first.shape, second.shape[1])
     return min(sizes) >= LEAST and math.prod(sizes) >= (LARGE if first.stride()[-1] == 1 else LARGE_TRANSPOSED)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return () if value is None else tuple(value.shape)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from bayesmeta.graph_nodes import TRANSPOSES
 from bayesmeta.graphs import trace
-from bayesmeta.rewriting import LARGE, TRANSPOSES, rewritten
+from bayesmeta.rewriting import LARGE, rewritten
 
 PRODUCT = torch.ops.bayesmeta.product.default
 
