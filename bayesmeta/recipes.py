@@ -252,14 +252,16 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
     shape, ways = family.image_shape, family.ways
     features, likelihood = convolutional(shape, filters=filters, blocks=blocks), Categorical(ways)
     whole = nn.Sequential(*features, nn.Linear(filters, ways))
-    model = HierarchicalModel.from_network(WeightNetwork(whole, batch_norm="task"), likelihood)
+    all_weights = WeightNetwork(whole, batch_norm="task")
+    model = HierarchicalModel.from_network(all_weights, likelihood)
     prototypes = HierarchicalModel.from_network(PrototypeNetwork(features, filters, ways, batch_norm="task"), likelihood)
     network = HeadNetwork(features, filters, ways, batch_norm="task")
     head = HierarchicalModel.from_network(network, likelihood)
     # what q may reach is a few prior sds: as wide as weights have to be to tell classes apart
     wide = HierarchicalModel.from_network(network, likelihood, NormalPrior.of(network, 1.0))
     # ABML pays for what its noise does to the logits: features without what they have in common, all of one length
-    centred = HeadNetwork(nn.Sequential(*features, nn.LayerNorm(filters, elementwise_affine=False)), filters, ways, batch_norm="task")
+    centring = nn.LayerNorm(filters, elementwise_affine=False)
+    centred = HeadNetwork(nn.Sequential(*features, centring), filters, ways, batch_norm="task")
     even = HierarchicalModel.from_network(centred, likelihood, NormalPrior.of(centred, 0.2))
 
     def last(make: Make, on: HierarchicalModel = head) -> Make:
@@ -281,13 +283,22 @@ def image_recipe(title: str, family: Glyphs | Omniglot, *, filters: int = 32, bl
         "BayesianBlackBox": last(lambda model: BayesianBlackBox(model, encoder="per_class", objective="predictive"), wide),  # VERSA
     }
     default = tuple(learners)
-    learners |= {  # the same with all weights as φ: seconds a step on a CPU, and not trained to their end with these settings
+    # the same with all weights as φ. Particles start near each other, under a prior that bears steps of their size; ABML's noise is in all
+    # weights, and how much of it the embedding bears is little
+    open_prior = HierarchicalModel.from_network(all_weights, likelihood, NormalPrior.of(all_weights, 1.0))
+    noisy = WeightNetwork(nn.Sequential(*features, centring, nn.Linear(filters, ways)), batch_norm="task")
+    scale = 0.3 * noisy.initial_scale()
+    scale[-ways * (filters + 1) :] = 0.3
+    narrow = HierarchicalModel.from_network(noisy, likelihood, NormalPrior.of(noisy, scale))
+    learners |= {
         "LLAMA-all": lambda model: LLAMA(
             model, inner_steps=1, inner_lr=0.4, adapt_steps=3, curvature="diagonal", hessian="sampled", eta=0.0
         ),
-        "ABML-all": lambda model: ABML(model, inner_steps=3, inner_lr=1.5, kl_weight=0.1, step_units="prior"),
-        "BMAML-all": lambda model: BMAML(model, num_particles=3, inner_steps=1, inner_lr=0.01, objective="predictive", adapt_steps=3),
-    }
+        "ABML-all": last(lambda model: ABML(model, inner_steps=3, inner_lr=5.0, kl_weight=0.1, num_draws=3, step_units="prior"), narrow),
+        "BMAML-all": last(lambda model: BMAML(
+            model, num_particles=3, inner_steps=1, inner_lr=0.15, adapt_steps=3, objective="predictive", start_scale=0.02
+        ), open_prior),
+    }  # fmt: skip
     notes = (
         f"The embedding is small and training short, for CPUs: {blocks} blocks of {filters} filters and {TASKS} tasks a step, "
         "where the papers have 4 of 64 and 60,000 steps of 32. All learners take the same number of steps.",

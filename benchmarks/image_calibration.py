@@ -2,6 +2,7 @@
 
     python benchmarks/image_calibration.py --root path/to/omniglot             trains, then scores and draws
     python benchmarks/image_calibration.py --learners ProtoNet MAML            only these; a later run adds others
+    … --learners LLAMA-all ABML-all BMAML-all --draws 20                       all weights of the network as φ: not among the default ones
 
 Learners and embedding are those of ``compare omniglot``, on Vinyals' split with rotations. A trained learner is kept in ``--out`` and not
 trained again; one that was interrupted goes on from its checkpoint. Written there: ``clean/report.html``; as CSV ``clean.csv`` (without
@@ -31,12 +32,12 @@ from bayesmeta.plots import confidence_under_shift, severity_curves
 from bayesmeta.recipes import Recipe, image_recipe
 from bayesmeta.tasks import AbstractFewShot, FewShot, TaskFamily
 
-WAYS, QUERIES, DRAWS = 5, 5, 100
+WAYS, QUERIES = 5, 5
 FEW = ("ProtoNet", "MAML", "Ensemble", "ABML", "BMAML", "PLATIPUS", "BayesianBlackBox")  # as many as there are colours
 PARTS = ("clean", "shift", "elsewhere", "detection")
 METRICS = ("accuracy", "nll", "brier", "ece")
 POOLED = {"mce": maximum_calibration_error, "adaptive_ece": adaptive_calibration_error, "debiased_ece": debiased_calibration_error}
-COMPILED = ("MAML", "FOMAML", "Reptile", "Ensemble")  # all weights as φ, two tasks at a time: else 2,000 steps are no time for compiling
+COMPILED = ("MAML", "FOMAML", "Reptile", "Ensemble", "LLAMA-all", "ABML-all")  # all weights as φ, two tasks at a time: it pays for those
 
 
 def trained(name: str, recipe: Recipe, options: argparse.Namespace) -> tuple[AbstractMetaLearner, float]:
@@ -58,11 +59,11 @@ def trained(name: str, recipe: Recipe, options: argparse.Namespace) -> tuple[Abs
     return learner, history.seconds
 
 
-def tempered(name: str, learner: AbstractMetaLearner, family: bm.tasks.Omniglot) -> TemperatureScaling:
+def tempered(name: str, learner: AbstractMetaLearner, family: bm.tasks.Omniglot, draws: int) -> TemperatureScaling:
     """The learner at the temperature that suits 200 tasks of the validation classes best."""
     scaled = TemperatureScaling(learner)
     g = torch.Generator().manual_seed(2)
-    scaled.fit(family.split("val").sample(200, generator=g), num_draws=DRAWS, generator=g)
+    scaled.fit(family.split("val").sample(200, generator=g), num_draws=draws, generator=g)
     print(f"{name}: temperature {scaled.temperature:.3f}", flush=True)
     return scaled
 
@@ -70,7 +71,7 @@ def tempered(name: str, learner: AbstractMetaLearner, family: bm.tasks.Omniglot)
 def clean(learners: dict[str, AbstractAdapter], recipe: Recipe, seconds: dict[str, float], options: argparse.Namespace) -> None:
     """All on the same test episodes, as they are and at their own temperature."""
     report = bm.evaluate(
-        learners, recipe.test, num_tasks=options.episodes, seed=1, task_chunk=50, num_draws=DRAWS, title=recipe.title, notes=recipe.notes,
+        learners, recipe.test, num_tasks=options.episodes, seed=1, task_chunk=50, num_draws=options.draws, title=recipe.title, notes=recipe.notes,
         compile=False,
     )  # fmt: skip
     report.save(options.out / "clean")
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--episodes", type=int, default=1000, help="of the test without shift")
     parser.add_argument("--shifted-episodes", type=int, default=200, help="of every test under shift")
+    parser.add_argument("--draws", type=int, default=100, help="of φ, for each prediction")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="of the scores; none: training alone")
     parser.add_argument("--out", type=Path, default=Path("runs/image_calibration"))
@@ -145,9 +147,9 @@ def main() -> None:
     for name in options.learners or recipe.default:
         learners[name], seconds[name] = trained(name, recipe, options)
     if "clean" in options.parts:
-        scaled = {f"{name}, tempered": tempered(name, learner, family) for name, learner in learners.items()}
+        scaled = {f"{name}, tempered": tempered(name, learner, family, options.draws) for name, learner in learners.items()}
         clean(learners | scaled, recipe, seconds | {f"{name}, tempered": seconds[name] for name in learners}, options)
-    ask = {"num_tasks": options.shifted_episodes, "seed": 1, "task_chunk": 50, "num_draws": DRAWS}
+    ask = {"num_tasks": options.shifted_episodes, "seed": 1, "task_chunk": 50, "num_draws": options.draws}
     if "shift" in options.parts:
         shifts = bm.under_shift(learners, recipe.test, **ask, compile=False)
         write(options.out / "shift.csv", shifts)
