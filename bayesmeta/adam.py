@@ -19,6 +19,7 @@ class AdamStep:
         self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
+        self._state: list[list[Tensor]] = [[], [], []]  # the optimiser's tensors of all parameters, as last seen: step, m, v
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -40,15 +41,14 @@ class AdamStep:
 
     def inputs(self) -> list[Tensor]:
         """How many steps were taken, the learning rate, and m and v of each parameter, as they stand; nothing waits for a GPU."""
-        state = [self.optimiser.state.get(p) for p in self.parameters]
         like = self.parameters[0]
-        taken = state[0]["step"].to(like) if state[0] else like.new_zeros(())
         rate = float(self.optimiser.param_groups[0]["lr"])
         if self._rate is None or self._rate[0] != rate:
             self._rate = rate, like.new_tensor(rate)
-        facts = [taken, self._rate[1]]
-        pairs = list(zip(state, self.parameters, strict=True))
-        return facts + [s[name] if s else torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq") for s, p in pairs]
+        if not self.optimiser.state:
+            return [like.new_zeros(()), self._rate[1], *(torch.zeros_like(p) for _ in range(2) for p in self.parameters)]
+        taken, means, squares = self._tensors()
+        return [taken[0].to(like), self._rate[1], *means, *squares]
 
     def __call__(self, values: Sequence[Tensor], gradients: Sequence[Tensor], norm: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """θ, m and v after the step, each for all parameters, from θ, its gradient, the gradient's norm and `inputs`."""
@@ -63,11 +63,11 @@ class AdamStep:
         moved = [p - size * m / (v.sqrt() / root + self.eps) for p, m, v in zip(values, means, squares, strict=True)]
         return [*moved, *means, *squares]
 
-    def take(self, new: Sequence[Tensor]) -> None:
+    def take(self, new: list[Tensor]) -> None:
         """Puts what a step gave into the parameters and the optimiser's state, which exists by then."""
         with torch.no_grad():
-            torch._foreach_copy_(self._targets(), list(new))
-            torch._foreach_add_([self.optimiser.state[p]["step"] for p in self.parameters], 1)
+            torch._foreach_copy_(self._targets(), new)
+            torch._foreach_add_(self._tensors()[0], 1)
 
     def agrees(self, new: Sequence[Tensor]) -> bool:
         """Whether ``new`` is what the optimiser's own step has just made, to half of the digits."""
@@ -75,5 +75,12 @@ class AdamStep:
         return all(bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()) for a, b in pairs)
 
     def _targets(self) -> list[Tensor]:
-        state = [self.optimiser.state[p] for p in self.parameters]
-        return [p.detach() for p in self.parameters] + [s[name] for name in ("exp_avg", "exp_avg_sq") for s in state]
+        _, means, squares = self._tensors()
+        return [*self.parameters, *means, *squares]
+
+    def _tensors(self) -> list[list[Tensor]]:
+        """The optimiser's state by kind; looked up anew where somebody has put other tensors in its place."""
+        state = self.optimiser.state
+        if not self._state[1] or state[self.parameters[0]].get("exp_avg") is not self._state[1][0]:
+            self._state = [[state[p][name] for p in self.parameters] for name in ("step", "exp_avg", "exp_avg_sq")]
+        return self._state

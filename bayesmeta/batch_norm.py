@@ -109,10 +109,15 @@ class BatchNorms(nn.Module):
         self.sizes = [layer.num_features for layer in self.layers]
         self.policy = self.layers[0].policy if self.layers else None
         self.notes: Notes | None = None  # what comes by, while someone asks for it (`noting`)
-        if self.policy in RUNNING:
+        if self.have_running:
             shape = (1, sum(self.sizes)) if self.policy == "per_step" else (sum(self.sizes),)
             self.register_buffer("mean", torch.zeros(shape))
             self.register_buffer("variance", torch.ones(shape))
+
+    @property
+    def have_running(self) -> bool:
+        """Whether there are running statistics, which training has to renew."""
+        return self.policy in RUNNING
 
     @property
     def steps(self) -> int:

@@ -52,6 +52,7 @@ CHECKS = 2  # how many steps of a new graph are held to eager
 WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
 SWEPT_OPERATIONS = 3_000  # so many more than a sweep's a single graph must have; with fewer it compiles in 40 s, and is a quarter faster
 CLEARLY = 1.5  # how many times its cost a faster step must save before "auto" takes the trouble
+NOTHING = nullcontext()
 SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, was measured to save at least
 
 
@@ -143,6 +144,7 @@ class StepCompiler:
         if not isinstance(mode, bool):
             checked_choice("compile", mode, ("auto",))
         self.learner, self.parameters, self.losses, self.total, self.generator = learner, list(parameters), losses, total, generator
+        self.model = learner.model
         self.mode, self.backend, self.adam, self.coarsest = mode, backend or inductor, adam, coarsest
         self.can_compile, self.traced = True, 0
         self.why_eager = "compile=False" if mode is False else learner.why_eager
@@ -173,18 +175,24 @@ class StepCompiler:
 
     def __call__(self, episode: Episode, remaining: int) -> Gradients | None:
         """The step's losses and gradients, all finite; None where the step is eager's to take. ``remaining``: steps to come, with this."""
-        if self.why_eager is not None or not self._has_shape(episode):
+        if self.why_eager is not None:
             return None
         full = self._whole(episode)
         if self.on_gpu:  # only now: whether there is padding was seen without waiting for the GPU
             episode = episode.to(self._state[0].device)
-        key = (*((v.shape, v.dtype, v.device) for v in _tensors(episode)), full, self.adam and self.adam.settings, self._kind)
+        key = (*[(v.shape, v.dtype, v.device) for v in _tensors(episode)], full, self.adam and self.adam.settings, self._kind)
+        step = self.graphs.get(key)
+        if step is None and not self._has_shape(episode):
+            return None
         self.seen[key] += 1
-        known = self.graphs.get(key)
-        settled = known is not None and known.compiled and not known.unchecked and not known.random
-        before = None if settled else self.generator.get_state()  # of a short step copying it is a part
+        settled = step is not None and step.compiled and not step.unchecked
+        # of a short step copying the generator's state is a part
+        before = None if settled and not step.random else self.generator.get_state()  # type: ignore[union-attr]
         try:
-            step = self._step(key, episode, full, remaining)
+            if settled:
+                self.graphs.move_to_end(key)
+            else:
+                step = self._step(key, episode, full, remaining)
             found = None if step is None else self._taken(step, episode, before)
         except Exception as error:  # whatever a program or a tracer may raise; the eager step that follows raises it again where it is real
             self._give_up(f"{type(error).__name__}: {first_lines(error)}")
@@ -288,17 +296,17 @@ class StepCompiler:
                 log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
                 step.run, step.compiled, self.can_compile = self._uncompiled(step, episode), False, False
                 step.seconds.clear()
-        self.learner.model.gradient_evaluations += step.evaluations
+        self.model.gradient_evaluations += step.evaluations
         return found
 
     def _run(self, step: TracedStep, episode: Episode, before: Tensor | None) -> Gradients | None:
         """None where the data are not fine, or what came out is not finite. ``before``: where the generator is put, if anywhere."""
         if before is not None:
             self.generator.set_state(before)
-        with torch.no_grad(), rng(self.generator) if step.random else nullcontext():
+        with torch.no_grad(), rng(self.generator) if step.random else NOTHING:
             losses, loss, facts, *tensors = step.run(*self._inputs(step, episode))
         value, largest, impossible, *sizes = facts.tolist()
-        if not (largest <= LARGEST_TARGET and not impossible and all(math.isfinite(v) for v in (value, *sizes))):
+        if not (largest <= LARGEST_TARGET and not impossible and math.isfinite(value) and all(map(math.isfinite, sizes))):
             return None
         rest = iter(tensors)
         gradients = [next(rest) if reached else None for reached in step.reached]

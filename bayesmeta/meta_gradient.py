@@ -50,24 +50,26 @@ class MetaGradient:
 
         Raises TrainingError, in every process, where a loss is not finite or no task is left; a gradient may be anything.
         """
-        if self.ranks.size > 1:
-            self.generator.manual_seed((self.noise_seed + LARGE * step + self.ranks.rank) % 2**63)
-        share, skipped = self.ranks.share(episode.num_tasks), self.skipped
-        mine = episode if self.ranks.size == 1 else episode.select(share)
-        error: TrainingError | None = None
-        try:
-            found, count = self._of(mine, f"step {step}", share.start, remaining)
-        except TrainingError as here:
-            if self.ranks.size == 1:
-                raise
-            found, count, error = self._nothing(), 0, here
-        if self.ranks.size > 1:
-            found, count = self._together(found, count, skipped, error)
+        if self.ranks.size == 1:
+            found, count = self._of(episode, step, 0, remaining)
+        else:
+            found, count = self._shared_out(episode, step, remaining)
         if not count:
             raise TrainingError(
                 f"step {step}: loss or gradient of all {episode.num_tasks} tasks is not finite; parameters are at their last finite value"
             )
         return found
+
+    def _shared_out(self, episode: Episode, step: int, remaining: int) -> tuple[Gradients, int]:
+        """This process's share of the tasks, put together with all others'."""
+        self.generator.manual_seed((self.noise_seed + LARGE * step + self.ranks.rank) % 2**63)
+        share, skipped = self.ranks.share(episode.num_tasks), self.skipped
+        error: TrainingError | None = None
+        try:
+            found, count = self._of(episode.select(share), step, share.start, remaining)
+        except TrainingError as here:
+            found, count, error = self._nothing(), 0, here
+        return self._together(found, count, skipped, error)
 
     def losses(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The tasks' losses ``(T,)`` and θ's own, under one draw of θ where it is variational."""
@@ -75,18 +77,19 @@ class MetaGradient:
         with model.in_precision(self.autocast), model.theta_at(model.draw_theta(self.generator)):
             return self.learner.meta_loss(episode, generator=self.generator), self.learner.global_loss()
 
-    def _of(self, episode: Episode, where: str, number: int, remaining: int) -> tuple[Gradients, int]:
+    def _of(self, episode: Episode, step: int, number: int, remaining: int) -> tuple[Gradients, int]:
         """The mean over the tasks of ``episode``, whose first is task ``number``, and how many tasks are in it; chunk after chunk."""
-        size = self.task_chunk or max(episode.num_tasks, 1)
-        step: Gradients | None = None
-        chunks = math.ceil(episode.num_tasks / size)
-        for first in range(0, episode.num_tasks, size):
+        tasks = episode.num_tasks
+        size = self.task_chunk or max(tasks, 1)
+        total: Gradients | None = None
+        chunks = math.ceil(tasks / size)
+        for first in range(0, tasks, size):
             part = episode if chunks == 1 else episode.select(slice(first, first + size))
             found = self.compiler(part, remaining * chunks)
-            found = self._eager(part, where, number + first) if found is None else found
-            step = found if step is None else merged(step, found)
-        step = step or self._nothing()
-        return step, len(step.losses)
+            found = self._eager(part, f"step {step}", number + first) if found is None else found
+            total = found if total is None else merged(total, found)
+        total = total or self._nothing()
+        return total, len(total.losses)
 
     def _nothing(self) -> Gradients:
         zero = self.parameters[0].detach().new_zeros(())

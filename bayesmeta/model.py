@@ -16,7 +16,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from .batch_norm import RUNNING, BatchNorms
+from .batch_norm import BatchNorms
 from .episodes import Episode, Points
 from .handlers import AllSitesSeen, Ancestral, Condition, Fill, MeanField, Moments, Packed, Program, Run, Site, attach_leaf, site_normal
 from .network_program import NetworkProgram
@@ -666,7 +666,7 @@ class HierarchicalModel(nn.Module):
         Raises ValueError where inner steps have their own: those are the learner's to renew (`AbstractMetaLearner.renew_statistics`).
         """
         norms = self.batch_norms
-        if norms is not None and norms.policy in RUNNING:
+        if norms is not None and norms.have_running:
             with torch.no_grad():
                 points = self.prepare(data)
                 norms.renew(self.initial(points), points.x, points.mask)

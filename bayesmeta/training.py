@@ -266,6 +266,10 @@ class _Run:
     since_best: int = 0
     last: list[Tensor] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        norms = self.learner.model.batch_norms
+        self.renews = norms is not None and norms.have_running
+
     def step(self, episode: Episode, clip: float | None, remaining: int) -> float:
         """One step of θ; returns its loss. Raises TrainingError where it is not finite."""
         number = self.history.steps + 1
@@ -279,7 +283,8 @@ class _Run:
             loss = self.move(found, clip, number)
         if self.scheduler is not None:
             self.scheduler.step()
-        self.learner.renew_statistics(episode, generator=self.generator, task_chunk=self.gradient.task_chunk)
+        if self.renews:
+            self.learner.renew_statistics(episode, generator=self.generator, task_chunk=self.gradient.task_chunk)
         self.history.loss.append(loss)
         return loss
 

@@ -71,8 +71,8 @@ def tempered(name: str, learner: AbstractMetaLearner, family: bm.tasks.Omniglot,
 def clean(learners: dict[str, AbstractAdapter], recipe: Recipe, seconds: dict[str, float], options: argparse.Namespace) -> None:
     """All on the same test episodes, as they are and at their own temperature."""
     report = bm.evaluate(
-        learners, recipe.test, num_tasks=options.episodes, seed=1, task_chunk=50, num_draws=options.draws, title=recipe.title, notes=recipe.notes,
-        compile=False,
+        learners, recipe.test, num_tasks=options.episodes, seed=1, task_chunk=50, num_draws=options.draws, compile=False,
+        title=recipe.title, notes=recipe.notes,
     )  # fmt: skip
     report.save(options.out / "clean")
     rows: dict[str, dict[str, object]] = {name: {"learner": name, "training_seconds": round(seconds[name])} for name in learners}
