@@ -3,6 +3,7 @@
     (A B)ᵀ  →  Bᵀ Aᵀ     a gradient in weights comes out transposed, and setting it right number by number took longer than the product
     large float32 A B    oneDNN's on the CPU: torch takes MKL's, which uses half of what other makers' processors can do (measured on an
                          AMD EPYC: 52 µs instead of 103 for 1360 × 64 × 64)
+    a row, a column      number by number, which is fused with what is round it
     the same for all     once (`sharing`); sums of products within the product (`sums_of_products`)
     Cholesky, n ≤ 3      plain operations (`small_matrices`)
     its check of errors  NaN where it fails, which a step's own check finds: an error raised in a graph keeps it from the disk cache
@@ -30,6 +31,7 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # transposed by transposing what they are of
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications from which oneDNN's product is the faster
+FEW = 100_000  # multiplications up to which a product with a single row or column is taken number by number
 LEAST = 32  # rows or columns: a long and narrow one gains nothing
 FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {  # of small matrices: which argument is one, and what is put in place
     aten.linalg_cholesky_ex.default: (0, small_matrices.cholesky_ex),
@@ -69,6 +71,8 @@ def rewritten(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _is_large(*node.args[-2:]):
             _multiply_by_onednn(node)
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        _multiply_by_number(node)
     for node in list(graph.nodes):
         if node.target == aten._linalg_check_errors.default:
             _mark_failures(node)
@@ -136,6 +140,25 @@ def _multiply_by_onednn(node: Node) -> None:
         made = node.graph.call_function(aten.add.Tensor, (product, bias[0])) if bias else product
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
+
+
+def _multiply_by_number(node: Node) -> None:
+    """Products with a single row or column, or of one with one, number by number: the compiler fuses those with what is round them."""
+    a, b = node.args
+    (rows, inner), columns = shape(a) or (0, 0), (shape(b) or (0,))[-1]
+    if not (inner == 1 or (min(rows, columns) == 1 and rows * inner * columns <= FEW)):
+        return
+    graph, call = node.graph, node.graph.call_function
+    with graph.inserting_before(node):
+        if inner == 1:
+            product = call(aten.mul.Tensor, (a, b))
+        elif columns == 1:
+            product = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (a, call(aten.t.default, (b,)))), [1], True))
+        else:
+            product = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (call(aten.t.default, (a,)), b)), [0], True))
+    product.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
 
 
 def _mark_failures(check: Node) -> None:

@@ -73,8 +73,7 @@ def draw(prior: Prior, num_tasks: int, dtype: torch.dtype | None) -> Tensor:
     """One value a task, ``(T,)``, from torch's current stream."""
     if isinstance(prior, Distribution):
         return prior.sample((num_tasks,)).to(dtype or torch.get_default_dtype())
-    low, high = prior
-    return low + (high - low) * torch.rand(num_tasks, dtype=dtype)
+    return _uniform(prior, (num_tasks,), dtype)
 
 
 def draw_mask(size: Size, num_tasks: int) -> Tensor:
@@ -98,10 +97,16 @@ def draw_curve(
     ``curve`` takes ``(T, N, 1)`` to ``(T, N)``; ``noise`` is the standard deviation of each task, ``(T,)``.
     """
     mask = draw_mask(size, len(noise))
-    low, high = x_range
-    x = low + (high - low) * torch.rand(*mask.shape, 1, dtype=dtype)
+    x = _uniform(x_range, (*mask.shape, 1), dtype)
     y = curve(x) + noise[:, None] * torch.randn(mask.shape, dtype=dtype)
+    if isinstance(size, int):  # no padding
+        return Points(x, y, mask)
     return Points(x.masked_fill(~mask[..., None], 0), y.masked_fill(~mask, 0), mask)
+
+
+def _uniform(bounds: tuple[float, float], shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    low, high = bounds
+    return torch.rand(shape, dtype=dtype).mul_(high - low).add_(low)  # in place: for short training steps this is a good part of the time
 
 
 def choose_tasks(total: int, num_tasks: int) -> Tensor:
