@@ -9,6 +9,7 @@
 
     compiled   the package, its step traced through Pyro and compiled      eager    the package, step by step through Python
     loop       plain PyTorch, one task after the other                     vmap     `torch.func.vmap` and `grad`, eager
+    unbatched  the same, and one particle or draw after the other (W3, W4)
     batched    tasks batched by hand, `torch.compile` of the whole step    jax      the same step in JAX, jitted whole
     numpyro    NumPyro's SVI step, jitted                                  bf16     compiled, with autocast=torch.bfloat16 (W2)
 
@@ -52,8 +53,8 @@ BFLOAT16 = 0.03  # how far losses in it may be
 def contenders() -> dict[str, Make | None]:
     """By name, in the order of the table; None for what is not installed."""
     found: dict[str, Make | None] = {
-        "compiled": ours.compiled, "bf16": ours.bfloat16, "eager": ours.eager, "loop": loops.loop, "batched": batched.batched,
-        "vmap": loops.vmapped,
+        "compiled": ours.compiled, "bf16": ours.bfloat16, "eager": ours.eager, "loop": loops.loop,
+        "unbatched": loops.unbatched, "batched": batched.batched, "vmap": loops.vmapped,
     }  # fmt: skip
     for name, package, module, function in (("jax", "jax", "jaxed", "jitted"), ("numpyro", "numpyro", "numpyroed", "svi")):
         there = importlib.util.find_spec(package) is not None and importlib.util.find_spec("jax") is not None

@@ -11,12 +11,12 @@ from matplotlib.ticker import FuncFormatter
 from .scaling import TITLES
 
 COLOURS = {
-    "compiled": "#d55e00", "eager": "#e69f00", "loop": "#4d4d4d", "batched": "#009e73", "vmap": "#56b4e9", "jax": "#0072b2",
-    "numpyro": "#cc79a7",
+    "compiled": "#d55e00", "eager": "#e69f00", "loop": "#4d4d4d", "unbatched": "#8c8c8c", "batched": "#009e73", "vmap": "#56b4e9",
+    "jax": "#0072b2", "numpyro": "#cc79a7",
 }  # fmt: skip
 LABELS = {
-    "compiled": "this package, compiled", "eager": "this package, eager", "loop": "loop over tasks", "batched": "torch by hand, compiled",
-    "vmap": "torch.func.vmap", "jax": "JAX, jitted", "numpyro": "NumPyro, jitted",
+    "compiled": "this package, compiled", "eager": "this package, eager", "loop": "loop over tasks", "unbatched": "loop over tasks and φ",
+    "batched": "torch by hand, compiled", "vmap": "torch.func.vmap", "jax": "JAX, jitted", "numpyro": "NumPyro, jitted",
 }  # fmt: skip
 Rows = list[dict[str, object]]
 

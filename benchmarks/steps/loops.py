@@ -1,7 +1,8 @@
 """What libraries do: plain PyTorch, one task's loss at a time in a Python loop; and the same losses under `torch.func.vmap`.
 
 A task's loss is written once, from the papers' lines, with the inner gradient left open: `autograd.grad(create_graph=True)` for the loop,
-`torch.func.grad` for vmap. BMAML's particles and ABML's draws are batched by hand in both, which favours them.
+`torch.func.grad` for vmap. BMAML's particles and ABML's draws are batched by hand in both, which favours them; "unbatched" is the loop that
+takes them one after the other, as one does around a module that has one set of weights.
 """
 
 import math
@@ -18,9 +19,15 @@ from .workloads import Contender, Workload
 Parameters = dict[str, Tensor]
 Loss = Callable[..., Tensor]  # (parameters, *the task's noise, x, y, qx, qy) -> ()
 Gradient = Callable[[Loss], Callable[..., Parameters]]
+Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def loop(w: Workload) -> Contender:
+def unbatched(w: Workload) -> Contender | None:
+    """A Python loop over tasks, and within a task one over particles or draws; None where there are none of these."""
+    return loop(w, one_by_one) if w.kind in ("bmaml", "abml") else None
+
+
+def loop(w: Workload, likelihood: Likelihood | None = None) -> Contender:
     """A Python loop over tasks."""
 
     def create_graph(f: Loss) -> Callable[..., Parameters]:
@@ -29,7 +36,7 @@ def loop(w: Workload) -> Contender:
 
         return gradient
 
-    parameters, loss, data = problem(w, create_graph)
+    parameters, loss, data = problem(w, create_graph, likelihood)
 
     def gradient(parameters: Parameters, *data: Tensor) -> tuple[Tensor, Parameters]:
         value = torch.stack([loss(parameters, *task) for task in zip(*data, strict=True)]).mean()
@@ -64,13 +71,16 @@ def _contender(parameters: Parameters, gradient: Callable[..., tuple[Tensor, Par
     return Contender.of(step)
 
 
-def problem(w: Workload, gradient: Gradient) -> tuple[Parameters, Loss, Iterator[tuple[Tensor, ...]]]:
+def problem(
+    w: Workload, gradient: Gradient, likelihood: Likelihood | None = None
+) -> tuple[Parameters, Loss, Iterator[tuple[Tensor, ...]]]:  # fmt: skip
     """The parameters where they start, a task's loss, and for each step its noise and data, every tensor with tasks in front."""
     start = {name: value.detach().clone().to(w.device) for name, value in start_of(w).items()}
-    loss = {"bmaml": bmaml, "abml": abml}.get(w.kind, maml)
     if w.kind == "elbo":
         return _leaves(start), amortised.task_loss, with_noise(w)
-    return _leaves(start), loss(w, gradient), with_noise(w)
+    bayesian = {"bmaml": bmaml, "abml": abml}.get(w.kind)
+    loss = maml(w, gradient) if bayesian is None else bayesian(w, gradient, likelihood or log_likelihood)
+    return _leaves(start), loss, with_noise(w)
 
 
 def start_of(w: Workload) -> Parameters:
@@ -162,7 +172,12 @@ def log_likelihood(phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return -0.5 * ((network(phi, x) - y) / workloads.NOISE).square() - math.log(workloads.NOISE) - 0.5 * LOG_2PI
 
 
-def bmaml(w: Workload, gradient: Gradient) -> Loss:
+def one_by_one(phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`log_likelihood` without a batch, one φ after the other."""
+    return torch.cat([log_likelihood(one[None], x, y) for one in phi])
+
+
+def bmaml(w: Workload, gradient: Gradient, log_likelihood: Likelihood) -> Loss:
     """K Stein steps of M particles on log p(S, φ | θ); the mixture's mean NLL of Q."""
 
     def loss(theta: Parameters, x: Tensor, y: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
@@ -198,7 +213,7 @@ def antithetic(noise: Tensor) -> Tensor:
     return both / both.square().mean(-2, keepdim=True).sqrt()
 
 
-def abml(w: Workload, gradient: Gradient) -> Loss:
+def abml(w: Workload, gradient: Gradient, log_likelihood: Likelihood) -> Loss:
     """K steps of q = N(μ, σ²) in units of the prior's sd on −ELBO(S) / N_S; −ELBO of S ∪ Q at one draw."""
 
     def loss(theta: Parameters, inner: Tensor, outer: Tensor, x: Tensor, y: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
