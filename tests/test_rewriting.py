@@ -75,3 +75,26 @@ def test_other_axes_are_left_alone():
     a, b = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
     for function in (lambda a, b: [(a @ b).transpose(0, 1)], lambda a, b: [(a @ b).permute(2, 0, 1)], lambda a, b: [(a @ b + b[:, :2]).mT]):
         torch.testing.assert_close(rewritten(trace(function, [a, b]))(a, b), function(a, b), rtol=0, atol=1e-12)
+
+
+def test_a_product_with_few_columns_is_turned_where_it_adds_up_many_rows():
+    a, b = torch.randn(900, 40, dtype=torch.float64), torch.randn(900, 9, dtype=torch.float64)
+    graph = rewritten(trace(lambda a, b: [a.T @ b], [a, b]))
+    (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert product.args[1].op == "placeholder"  # A stands where it is multiplied by, and B is what is transposed
+    torch.testing.assert_close(graph(a, b)[0], a.T @ b, rtol=0, atol=1e-11)
+
+
+def test_axes_that_are_put_into_one_keep_their_order_in_memory():
+    def function(x, y):
+        z = x.relu() * y.sum((2, 3), keepdim=True)
+        return [z.movedim(1, -1).reshape(-1, 8), z]
+
+    x, y = (torch.randn(20, 8, 26, 26).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    graph = rewritten(trace(function, [x, y]))
+    forced = [node for node in graph.graph.nodes if "force_stride_order" in str(node.target)]
+    assert len(forced) == 1 and forced[0].args[1] == [8 * 26 * 26, 1, 8 * 26, 8]
+    for found, wanted in zip(graph(x, y), function(x, y), strict=True):
+        torch.testing.assert_close(found, wanted)
+    few = rewritten(trace(function, [x[:1], y[:1]]))
+    assert not any("force_stride_order" in str(node.target) for node in few.graph.nodes)  # small ones are not worth it
