@@ -54,7 +54,8 @@ class _Thin:
             rule = self._rule(node) if pure else None
             found = rule(node) if rule else None
             if found is None:
-                found = self.graph.node_copy(node, self._spread), NONE
+                spread = self._written_out if node.op == "output" else self._spread
+                found = self.graph.node_copy(node, spread), NONE
                 if node.target in RESHAPES:
                     found[0].target = aten.reshape.default
             self.new[node], self.thin[node] = found
@@ -79,6 +80,12 @@ class _Thin:
             size = [1 if d in keep else n for d, n in enumerate(shape(node))]
             self.whole[node, keep] = self._call(aten.expand.default, self.new[node], size)
         return self.whole[node, keep]
+
+    def _written_out(self, node: Node) -> Node:
+        """The copy of a result, every number in a place of its own where the graph itself had it so: others rely on where numbers stand."""
+        whole = self._spread(node)
+        own = any(node.meta["val"].stride(d) for d in self.thin[node])
+        return self._call(aten.clone.default, whole, memory_format=torch.contiguous_format) if own else whole
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.graph.call_function(target, args, kwargs)
