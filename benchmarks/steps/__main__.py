@@ -69,8 +69,9 @@ def check(w: Workload, made: dict[str, Contender]) -> None:
         if name == "numpyro":
             continue  # compared where it is made, in distribution
         for step, (here, there) in enumerate(zip(contender.losses, wanted, strict=False)):
-            # a bias before a batch norm has a gradient of rounding alone, of which Adam makes full steps
-            near = BFLOAT16 if name == "bf16" else 2e-3 if step and w.kind == "omniglot" else 1e-4
+            # a bias before a batch norm has a gradient of rounding alone, of which Adam makes full steps; second derivatives jump where
+            # rounding decides on which side of 0 a rectified unit is
+            near = BFLOAT16 if name == "bf16" else 1e-2 if step and w.kind == "omniglot" else 1e-4
             assert abs(here - there) < near * abs(there), f"{w.name}: {name} has losses {contender.losses}, expected {wanted}"
 
 
