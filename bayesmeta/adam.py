@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter, in torch.optim.Adam
+
 
 class AdamStep:
     """Kingma & Ba (2015), algorithm 1, on the state of ``optimiser``, after clipping the gradient's norm to ``clip``.
@@ -19,7 +21,7 @@ class AdamStep:
         self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
-        self._state: list[list[Tensor]] = [[], [], []]  # the optimiser's tensors of all parameters, as last seen: step, m, v
+        self._state: list[list[Tensor]] = []  # the optimiser's step, m and v of all parameters, as the last `inputs` found them
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -45,10 +47,14 @@ class AdamStep:
         rate = float(self.optimiser.param_groups[0]["lr"])
         if self._rate is None or self._rate[0] != rate:
             self._rate = rate, like.new_tensor(rate)
-        if not self.optimiser.state:
-            return [like.new_zeros(()), self._rate[1], *(torch.zeros_like(p) for _ in range(2) for p in self.parameters)]
-        taken, means, squares = self._tensors()
-        return [taken[0].to(like), self._rate[1], *means, *squares]
+        state = [self.optimiser.state.get(p) for p in self.parameters]
+        if all(state):
+            self._state = [[s[name] for s in state if s] for name in STATE]
+            taken, means, squares = self._state
+            return [taken[0].to(like), self._rate[1], *means, *squares]
+        taken = [s["step"].to(like) for s in state[:1] if s] or [like.new_zeros(())]
+        moments = [s[name] if s else torch.zeros_like(p) for name in STATE[1:] for s, p in zip(state, self.parameters, strict=True)]
+        return [*taken, self._rate[1], *moments]
 
     def __call__(self, values: Sequence[Tensor], gradients: Sequence[Tensor], norm: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """θ, m and v after the step, each for all parameters, from θ, its gradient, the gradient's norm and `inputs`."""
@@ -64,23 +70,14 @@ class AdamStep:
         return [*moved, *means, *squares]
 
     def take(self, new: list[Tensor]) -> None:
-        """Puts what a step gave into the parameters and the optimiser's state, which exists by then."""
+        """Puts what a step gave into the parameters and the optimiser's state, which existed when `inputs` were asked for."""
+        taken, means, squares = self._state
         with torch.no_grad():
-            torch._foreach_copy_(self._targets(), new)
-            torch._foreach_add_(self._tensors()[0], 1)
+            torch._foreach_copy_([*self.parameters, *means, *squares], new)
+            torch._foreach_add_(taken, 1)
 
     def agrees(self, new: Sequence[Tensor]) -> bool:
         """Whether ``new`` is what the optimiser's own step has just made, to half of the digits."""
-        pairs = [(found, wanted) for found, wanted in zip(new, self._targets(), strict=True) if wanted.numel()]
+        moments = [self.optimiser.state[p][name] for name in STATE[1:] for p in self.parameters]
+        pairs = [(found, wanted) for found, wanted in zip(new, [*self.parameters, *moments], strict=True) if wanted.numel()]
         return all(bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()) for a, b in pairs)
-
-    def _targets(self) -> list[Tensor]:
-        _, means, squares = self._tensors()
-        return [*self.parameters, *means, *squares]
-
-    def _tensors(self) -> list[list[Tensor]]:
-        """The optimiser's state by kind; looked up anew where somebody has put other tensors in its place."""
-        state = self.optimiser.state
-        if not self._state[1] or state[self.parameters[0]].get("exp_avg") is not self._state[1][0]:
-            self._state = [[state[p][name] for p in self.parameters] for name in ("step", "exp_avg", "exp_avg_sq")]
-        return self._state

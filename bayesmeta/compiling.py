@@ -344,20 +344,27 @@ class StepCompiler:
         So it does at a kink: second derivatives hang on which side of 0 a rectified unit is, and one may be within rounding of it.
         """
         here, after = [p.detach().clone() for p in self.parameters], self.generator.get_state()
-        generator, unsteady = torch.Generator().manual_seed(0), False
-        with torch.no_grad():
+        evaluations = self.model.gradient_evaluations
+        generator = torch.Generator().manual_seed(0)
+
+        def put(values: Sequence[Tensor]) -> None:
+            with torch.no_grad():
+                for p, value in zip(self.parameters, values, strict=True):
+                    p.copy_(value)
+
+        try:
             for _ in range(NUDGES if math.isfinite(far) else 0):
                 self.generator.set_state(before)
-                for p, value in zip(self.parameters, here, strict=True):
-                    sign = 2.0 * torch.randint(0, 2, value.shape, generator=generator).to(value) - 1
-                    p.copy_(value * (1 + NUDGE * torch.finfo(value.dtype).eps * sign))
+                signs = [2.0 * torch.randint(0, 2, v.shape, generator=generator).to(v) - 1 for v in here]
+                put([v * (1 + NUDGE * torch.finfo(v.dtype).eps * sign) for v, sign in zip(here, signs, strict=True)])
                 moved = gradients_of(self.losses, self.parameters, self.total, episode)
-                if unsteady := 2 * difference(moved, wanted, max(SMALL, near)) >= far:
-                    break
-            for p, value in zip(self.parameters, here, strict=True):
-                p.copy_(value)
-        self.generator.set_state(after)
-        return unsteady
+                if 2 * difference(moved, wanted, max(SMALL, near)) >= far:
+                    return True
+            return False
+        finally:
+            put(here)
+            self.generator.set_state(after)
+            self.model.gradient_evaluations = evaluations
 
     def _agrees_disturbed(self, step: TracedStep, episode: Episode) -> bool:
         before, evaluations = self.generator.get_state(), self.learner.model.gradient_evaluations

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
@@ -59,26 +59,8 @@ _library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta
 
 def rewritten(module: GraphModule) -> GraphModule:
     """A copy of ``module`` with the rules above applied, and without what tracing noted of its tensors."""
-    whole = shared(module)
+    whole = _with_faster_products(module) if is_pure(module.graph) else _copied(module)
     graph = whole.graph
-    note_values(whole, module)
-    if is_pure(graph):
-        add_up_within_products(graph)
-        note_values(whole, module)
-    for node in list(graph.nodes):
-        product = transposed_from(node)
-        if product is not None and _can_flip(product):
-            node.replace_all_uses_with(_flipped(product))
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _is_large(*node.args[-2:]):
-            _multiply_by_onednn(node)
-    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        _multiply_by_number(node)
-    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        _turn_narrow(node)
-    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
-        _keep_order(node)
     for node in list(graph.nodes):
         if node.target == aten._linalg_check_errors.default:
             _mark_failures(node)
@@ -90,6 +72,36 @@ def rewritten(module: GraphModule) -> GraphModule:
     for node in graph.nodes:
         node.meta.clear()
     whole.recompile()
+    return whole
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    graph, copied = Graph(), dict[Node, Node]()
+    for node in module.graph.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    return GraphModule(module, graph)
+
+
+def _with_faster_products(module: GraphModule) -> GraphModule:
+    """A copy of ``module``, in which nothing may be written over in place: these rules change which numbers share a place."""
+    whole = shared(module)
+    graph = whole.graph
+    note_values(whole, module)
+    add_up_within_products(graph)
+    note_values(whole, module)
+    for node in list(graph.nodes):
+        product = transposed_from(node)
+        if product is not None and _can_flip(product):
+            node.replace_all_uses_with(_flipped(product))
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _is_large(*node.args[-2:]):
+            _multiply_by_onednn(node)
+    for rule in (_multiply_by_number, _turn_narrow):
+        for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+            rule(node)
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        _keep_order(node)
     return whole
 
 
@@ -152,6 +164,8 @@ def _multiply_by_number(node: Node) -> None:
     """Products with a single row or column, or of one with one, number by number: the compiler fuses those with what is round them."""
     a, b = node.args
     (rows, inner), columns = shape(a) or (0, 0), (shape(b) or (0,))[-1]
+    if not node.meta["val"].is_floating_point():  # a sum of whole numbers is of another type
+        return
     if not (inner == 1 or (min(rows, columns) == 1 and rows * inner * columns <= FEW)):
         return
     graph, call = node.graph, node.graph.call_function

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .graph_nodes import RESHAPES, SAME, TRANSPOSES, groups, is_pure, is_tensor, order, shape, transposed_from
+from .graph_nodes import RESHAPES, SAME, TRANSPOSES, groups, is_tensor, order, shape, transposed_from
 
 aten = torch.ops.aten
 Axes = frozenset[int]
@@ -33,7 +33,7 @@ MEANS = (aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default)
 def shared(module: GraphModule) -> GraphModule:
     """A copy of a graph in which what is the same along an axis is worked out once, its views reshapes: they hang on no memory.
 
-    A plain copy where something in the graph is written over in place.
+    Not for graphs in which something is written over in place (`graph_nodes.is_pure`).
     """
     return _Thin(module).run()
 
@@ -49,9 +49,8 @@ class _Thin:
 
     def run(self) -> GraphModule:
         """The graph's copy."""
-        pure = is_pure(self.module.graph)
         for node in self.module.graph.nodes:
-            rule = self._rule(node) if pure else None
+            rule = self._rule(node)
             found = rule(node) if rule else None
             if found is None:
                 spread = self._written_out if node.op == "output" else self._spread
@@ -64,6 +63,8 @@ class _Thin:
 
     def _rule(self, node: Node) -> Callable[[Node], Copied | None] | None:
         if node.op != "call_function" or not all("val" in x.meta for x in (node, *node.all_input_nodes)):
+            return None
+        if any(0 in shape(x) for x in (node, *node.all_input_nodes)):
             return None
         if node.target in RULES:
             return RULES[node.target].__get__(self)
@@ -107,7 +108,9 @@ class _Thin:
 
     def _same(self, node: Any) -> Copied | None:
         x = node.args[0]
-        return (self.new[x], self.thin[x]) if self.thin[x] or node.target != aten.clone.default else None
+        if node.target != aten.clone.default:
+            return self.new[x], self.thin[x]
+        return (self._call(node.target, self.new[x]), self.thin[x]) if self.thin[x] else None
 
     def _pointwise(self, node: Any) -> Copied | None:
         size = shape(node)
@@ -146,8 +149,10 @@ class _Thin:
     def _squeeze(self, node: Any) -> Copied | None:
         x, dim = node.args
         before = shape(x)
+        if not before:
+            return None
         dims = sorted(d % len(before) for d in ([dim] if isinstance(dim, int) else dim))
-        if any(before[d] > 1 for d in dims):
+        if any(before[d] != 1 for d in dims):
             return None
         return self._copy(node, self.new[x]), frozenset(d - sum(e < d for e in dims) for d in self.thin[x])
 
@@ -181,7 +186,7 @@ class _Thin:
     def _cat(self, node: Any) -> Copied | None:
         parts = node.args[0]
         if len(parts) == 1:
-            return self.new[parts[0]], self.thin[parts[0]]
+            return self._call(aten.clone.default, self.new[parts[0]]), self.thin[parts[0]]
         at = (node.args[1] if len(node.args) > 1 else 0) % len(shape(node))
         if any(len(shape(p)) != len(shape(node)) for p in parts):
             return None
@@ -190,7 +195,7 @@ class _Thin:
 
     def _reduce(self, node: Any) -> Copied | None:
         x, before = node.args[0], shape(node.args[0])
-        if not self.thin[x]:
+        if not self.thin[x] or node.meta["val"].dtype == torch.bool:
             return None
         dims = node.args[1] if len(node.args) > 1 else None
         dims = {d % len(before) for d in ([dims] if isinstance(dims, int) else dims or range(len(before)))}

@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graph_nodes import RESHAPES, SAME, TRANSPOSES, groups, is_tensor, order, shape, transposed_from
+from .graph_nodes import RESHAPES, SAME, TRANSPOSES, groups, order, shape, transposed_from
 
 aten = torch.ops.aten
+DEEPEST = 60  # operations between a sum and a product that are looked through
 
 
 def add_up_within_products(graph: Graph) -> None:
-    """Changes ``graph``: its sums along an axis of what `_reaches_product` finds a product in."""
-    for node in list(graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
+    """Changes ``graph``, in which nothing may be written over in place: its sums along an axis of what has products in it."""
+    for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         x, dims, *rest = node.args
-        if len(dims) != 1 or not is_tensor(x) or not _reaches_product(x, at := dims[0] % len(shape(x))):
+        if node.kwargs or dims is None or len(dims) != 1 or not shape(x):
+            continue
+        at = dims[0] % len(shape(x))
+        if not _reaches_product(x, at):
             continue
         with graph.inserting_before(node):
             total = _summed(x, at)
@@ -32,25 +36,27 @@ def add_up_within_products(graph: Graph) -> None:
         graph.erase_node(node)
 
 
-def _reaches_product(node: Any, at: int) -> bool:
+def _reaches_product(node: Any, at: int, depth: int = 0) -> bool:
     """Whether `_summed` gets as far as a product."""
-    return _product_of(node, at) is not None or any(_reaches_product(x, d) for x, d in _parts(node, at))
+    return _product_of(node, at) is not None or any(_reaches_product(x, d, depth + 1) for x, d in _parts(node, at, depth))
 
 
-def _parts(node: Any, at: int) -> list[tuple[Node, int]]:
+def _parts(node: Any, at: int, depth: int) -> list[tuple[Node, int]]:
     """What ``node``, which nobody else wants, is a linear function of, each with the axis there that ``at`` is here; [] where it is not."""
-    if node.op != "call_function" or len(node.users) > 1:
+    if node.op != "call_function" or len(node.users) > 1 or depth == DEEPEST or 0 in shape(node):
         return []
     size, target = shape(node), node.target
     if target in (aten.add.Tensor, aten.sub.Tensor, aten.neg.default, *SAME) and not node.kwargs:
         parts = [x for x in node.args if isinstance(x, Node)]
-        return [(x, at) for x in parts] if len(parts) == len(node.args) and all(shape(x) == size for x in parts) else []
+        each_once = len(parts) == len(node.args) == len(set(parts))
+        return [(x, at) for x in parts] if each_once and all(shape(x) == size for x in parts) else []
     if target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
         x, by = node.args
-        return [(x, at)] if isinstance(x, Node) and isinstance(by, int | float) else []
+        return [(x, at)] if isinstance(x, Node) and shape(x) == size and isinstance(by, int | float) else []
     if target == aten.cat.default:
         parts, dim = node.args[0], (node.args[1] if len(node.args) > 1 else 0) % len(size)
-        return [(x, at) for x in parts] if dim != at else []
+        alike = len(parts) == len(set(parts)) and all(len(shape(x)) == len(size) for x in parts)
+        return [(x, at) for x in parts] if dim != at and alike else []
     if target in RESHAPES:
         x = node.args[0]
         return [(x, mine[0]) for mine, theirs in groups(shape(x), size) if [at] == theirs and len(mine) == 1]
@@ -59,7 +65,7 @@ def _parts(node: Any, at: int) -> list[tuple[Node, int]]:
     return []
 
 
-def _summed(node: Any, at: int) -> Node:
+def _summed(node: Any, at: int, depth: int = 0) -> Node:
     """The sum of ``node`` along an axis, which stays with size 1."""
     graph = node.graph
     call = graph.call_function
@@ -73,10 +79,10 @@ def _summed(node: Any, at: int) -> Node:
             a, b = (call(aten.select.int, (x, 0, 0)) for x in (a, b))
             total = call(aten.mm.default, (call(aten.t.default, (a,)), b))
         return call(aten.reshape.default, (total, [1 if d == at else n for d, n in enumerate(shape(node))]))
-    parts = _parts(node, at)
-    if not parts or not any(_reaches_product(x, d) for x, d in parts):
+    parts = _parts(node, at, depth)
+    if not any(_reaches_product(x, d, depth + 1) for x, d in parts):
         return call(aten.sum.dim_IntList, (node, [at], True))
-    totals = [_summed(x, d) for x, d in parts]
+    totals = [_summed(x, d, depth + 1) for x, d in parts]
     if node.target in RESHAPES:
         return call(aten.reshape.default, (totals[0], [1 if d == at else n for d, n in enumerate(shape(node))]))
     if node.target in SAME:
@@ -88,7 +94,7 @@ def _summed(node: Any, at: int) -> Node:
 
 def _product_of(node: Any, at: int) -> tuple[Node, Node, int] | None:
     """(A, B, M) where ``node`` is the product of ``A (M · T, r, k)`` transposed and ``B (M · T, r, n)``, ``at`` its axis of T."""
-    if node.op != "call_function" or len(node.users) > 1:
+    if node.op != "call_function" or len(node.users) > 1 or 0 in shape(node):
         return None
     times, product = 1, node
     if node.target in RESHAPES and isinstance(node.args[0], Node) and len(node.args[0].users) == 1:

@@ -198,6 +198,29 @@ def test_adams_steps_in_the_graph_are_the_optimisers(clip, float64, monkeypatch)
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-12)
 
 
+def test_adams_state_is_looked_up_at_each_step():
+    a, b = (nn.Parameter(torch.full((2,), v)) for v in (1.0, 2.0))
+    optimiser = torch.optim.Adam([a, b], 0.1)
+    step = AdamStep.of(optimiser, [a, b], None)
+    assert [float(v.sum()) for v in step.inputs()] == [0, pytest.approx(0.1), 0, 0, 0, 0]
+    a.grad = torch.ones(2)
+    optimiser.step()
+    taken, _, first, second, *_ = step.inputs()  # b has no state: nobody has moved it
+    assert taken == 1 and first[0] == pytest.approx(0.1) and not second.any() and b not in optimiser.state
+    b.grad = torch.ones(2)
+    optimiser.step()
+    step.inputs()
+    state = optimiser.state_dict()
+    for k in state["state"]:
+        state["state"][k] = state["state"][k] | {"step": torch.tensor(50.0)}
+    optimiser.load_state_dict(state)
+    inputs = step.inputs()
+    assert inputs[0] == 50
+    step.take([v + 1 for v in (a, b, *inputs[2:])])
+    assert optimiser.state[a]["step"] == optimiser.state[b]["step"] == 51
+    assert torch.equal(optimiser.state[b]["exp_avg"], inputs[3])
+
+
 def test_an_optimiser_that_is_not_plain_adam_takes_its_own_steps():
     p = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))]
     assert AdamStep.of(torch.optim.Adam(p, 0.1), p, None) is not None
@@ -496,15 +519,29 @@ def test_at_a_kink_rounding_decides_and_is_no_reason_to_stay_eager(kink, float64
     step.losses, step.backend = losses, backend
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        before = mean().detach().clone()
+        before, counted = mean().detach().clone(), step.model.gradient_evaluations
         found = [step(e, 100) for _ in range(2)]
     assert torch.equal(mean().detach(), before)
+    assert step.model.gradient_evaluations == counted  # no gradient in φ is asked for here, and none counted
     if kink:
         eager = gradients_of(losses, step.parameters, 4, e)
         assert step.why_eager is None and not told
         assert difference(found[0], eager) > 0.1  # so it was the kink that was forgiven
     else:
         assert "differ from the eager one's by" in step.why_eager and found[1] is None
+
+
+def test_parameters_are_put_back_where_an_eager_step_beside_them_fails(float64):
+    step, e = compiler(True)
+    before = [p.detach().clone() for p in step.parameters]
+
+    def losses(data):
+        raise ValueError("not here")
+
+    wanted, step.losses = gradients_of(step.losses, step.parameters, 4, e), losses
+    with pytest.raises(ValueError, match="not here"):
+        step._is_unsteady(e, step.generator.get_state(), wanted, 1e-8, 1.0)
+    assert all(torch.equal(p, value) for p, value in zip(step.parameters, before, strict=True))
 
 
 def test_short_runs_are_never_traced(monkeypatch):

@@ -140,13 +140,68 @@ def test_random_programs_stay_what_they_are(seed):
     both(random_program(seed), tensor(4, 4), tensor(T, 4), tensor(T, 4, 4))
 
 
-def test_a_program_that_writes_in_place_is_only_copied():
-    def function(theta):
-        phi = theta.expand(T, 3).clone()
-        phi[2] = 1.0
-        return [phi * 2]
+def written_over(theta):
+    phi = theta.expand(T, 3).clone()
+    phi[2] = 1.0
+    return [phi * 2]
 
-    both(function, tensor(3))
+
+def written_over_behind_a_transpose(x):
+    y = x.t().clone().t()
+    y.add_(1)
+    return [y, x * 2]
+
+
+def written_over_through_a_view(x):
+    y = (x @ x.exp()).t()
+    whole = y.t().view(-1)
+    whole.mul_(0.0)
+    return [y, whole]
+
+
+@pytest.mark.parametrize("function", [written_over, written_over_behind_a_transpose, written_over_through_a_view])
+def test_a_program_that_writes_in_place_is_only_copied(function):
+    x = tensor(3) if function is written_over else tensor(3, 3)
+    before = x.clone()
+    both(function, x)
+    assert torch.equal(x, before)
+
+
+ODD = {
+    "an axis of none": lambda p: [p[None].expand(0, 6).sum(), p[None].expand(0, 6).exp().sum(0), p.expand(0, 6) + 1],
+    "a number": lambda p: [p.sum().squeeze(0).expand(T).exp(), p.sum().sum(-1), torch.sum(p, None), p.sum(None, keepdim=True)],
+    "a cat of one": lambda p: [torch.cat([p]), p.expand(T, 6).clone()[0]],
+    "whole numbers": lambda p: [p.long()[None].int() @ p.int()[:, None], (p > 0).expand(T, 6).sum(0, dtype=torch.bool)],
+    "another type": lambda p: [(p.view(6, 1, 1).expand(6, 2, 3).mT @ p.view(6, 1, 1).expand(6, 2, 3)).sum(0, dtype=torch.float32)],
+    "an empty part": lambda p: [torch.cat([p.new_empty(0), p.view(2, 3)], 1).sum(0)],
+    "a batch of none": lambda p: [(p.new_zeros(0, 2, 3).mT @ p.new_zeros(0, 2, 3)).view(0, 7, 3, 3).sum(1)],
+}
+
+
+@pytest.mark.parametrize("function", ODD.values(), ids=ODD)
+def test_odd_shapes_and_types_stay_what_they_are(function):
+    p = tensor(6)
+    _, fast = both(function, p)
+    for result in fast(p):
+        assert result.numel() == 0 or result.data_ptr() != p.data_ptr()  # a result of its own is nobody else's
+
+
+def test_long_sums_and_doubled_terms_are_left_in_time():
+    def long(x, g):
+        total = g.mT @ x
+        for k in range(150):
+            total = total + g.mT @ (x * k)
+        return [total.sum(0)]
+
+    def doubled(x, g):
+        total = g.mT @ x
+        for _ in range(20):
+            total = total + total
+        return [total.sum(0)]
+
+    for function in (long, doubled):
+        graph, fast = both(function, tensor(T, N, K), tensor(T, N, OUT))
+        assert len(fast.graph.nodes) < 2 * len(graph.graph.nodes)
 
 
 def test_random_numbers_are_drawn_for_each_task():

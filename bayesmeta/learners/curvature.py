@@ -109,6 +109,8 @@ def sampled_diagonal(model: HierarchicalModel, phi: Tensor, points: Points, draw
     with torch.enable_grad():
         move = torch.zeros_like(phi).detach().requires_grad_()
         values = _moved(lambda moved: model.imagined_log_likelihood(moved, points, draws), phi, slice(0, phi.shape[-1]))(move)
+        if not values.requires_grad:  # the likelihood does not hang on φ
+            return torch.zeros_like(phi)
         scores = [torch.autograd.grad(v.sum(), move, retain_graph=True, create_graph=create_graph)[0] for v in values]
     return torch.stack(scores).square().mean(0)
 
