@@ -74,10 +74,11 @@ def _summed(node: Any, at: int, depth: int = 0) -> Node:
         (batch, rows, inner), columns = shape(left), shape(right)[-1]
         each = [times, batch // times * rows]
         a, b = call(aten.reshape.default, (left, [*each, inner])), call(aten.reshape.default, (right, [*each, columns]))
-        total = call(aten.bmm.default, (call(aten.transpose.int, (a, 1, 2)), b))
         if times == 1:
             a, b = (call(aten.select.int, (x, 0, 0)) for x in (a, b))
             total = call(aten.mm.default, (call(aten.t.default, (a,)), b))
+        else:
+            total = call(aten.bmm.default, (call(aten.transpose.int, (a, 1, 2)), b))
         return call(aten.reshape.default, (total, [1 if d == at else n for d, n in enumerate(shape(node))]))
     parts = _parts(node, at, depth)
     if not any(_reaches_product(x, d, depth + 1) for x, d in parts):
