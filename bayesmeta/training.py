@@ -314,6 +314,9 @@ class _Run:
     def put(self, found: Gradients, clip: float | None) -> Tensor:
         """Puts a step's gradient into the parameters, clipped; returns its norm before."""
         for parameter, gradient in zip(self.parameters, found.gradients, strict=True):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # torch's fused optimisers pair numbers by their place in memory, and a graph may give a matrix transposed
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         if clip is not None:
             return clip_grad_norm_(self.parameters, clip)

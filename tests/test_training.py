@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+from functools import partial
 
 import matplotlib.axes
 import numpy as np
@@ -11,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from bayesmeta import AbstractMetaLearner, CheckpointError, Episode, HierarchicalModel, TrainingError, compiling, meta_train
@@ -726,6 +728,35 @@ def test_a_task_with_an_infinite_gradient_is_skipped_alone():
     assert_same(values(one), values(two))
     with pytest.raises(TrainingError, match="the gradient's norm nan"):
         meta_train(one, levels(1.0, 13.0, 2.0), steps=2)
+
+
+class Turned(AbstractMetaLearner):
+    """The gradient in its matrix stands in memory transposed."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.matrix = nn.Parameter(torch.zeros(2, 3))
+
+    def adapt(self, support, *, generator=None):
+        raise NotImplementedError
+
+    def meta_loss(self, episode, *, generator=None):
+        return (self.matrix.mT * torch.arange(6.0).view(3, 2)).sum().expand(episode.num_tasks)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.SGD, lr=1.0), partial(torch.optim.Adam, lr=0.1), partial(torch.optim.Adam, lr=0.1, weight_decay=0.1)]
+)
+def test_fused_optimisers_take_gradients_where_they_belong(optimizer):
+    """They pair a parameter's numbers with the gradient's by place in memory."""
+    runs = []
+    for fused in (True, False):
+        learner = Turned(HierarchicalModel(radon_program))
+        meta_train(learner, episode(), steps=4, optimizer=partial(optimizer, fused=fused), compile=False)
+        runs.append(learner.matrix.detach())
+    torch.testing.assert_close(*runs)
+    if optimizer.func is torch.optim.SGD:
+        assert torch.equal(runs[0], -4 * torch.arange(6.0).view(3, 2).mT)
 
 
 def test_a_step_size_that_throws_the_parameters_out_is_caught():
