@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ class AdamStep:
         self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
-        self._state: list[list[Tensor]] = []  # the optimiser's step, m and v of all parameters, as the last `inputs` found them
+        self._moments: list[list[Tensor]] = []  # the optimiser's m and v of all parameters, as the last `inputs` found them
+        self._taken = torch.zeros(0)  # the number of steps, once a parameter; `_views`: each parameter's own, as the optimiser has it
+        self._views: list[Tensor] = []
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -49,9 +52,14 @@ class AdamStep:
             self._rate = rate, like.new_tensor(rate)
         state = [self.optimiser.state.get(p) for p in self.parameters]
         if all(state):
-            self._state = [[s[name] for s in state if s] for name in STATE]
-            taken, means, squares = self._state
-            return [taken[0].to(like), self._rate[1], *means, *squares]
+            numbers, *self._moments = [[s[name] for s in state if s] for name in STATE]
+            if not (len(numbers) == len(self._views) and all(map(operator.is_, numbers, self._views))):
+                # in one place: to add 1 to each on its own takes as long as a short graph
+                self._taken = torch.stack(numbers)
+                self._views = [self._taken[i] for i in range(len(numbers))]
+                for s, view in zip(state, self._views, strict=True):
+                    s["step"] = view  # type: ignore[index]
+            return [self._views[0].to(like), self._rate[1], *self._moments[0], *self._moments[1]]
         taken = [s["step"].to(like) for s in state[:1] if s] or [like.new_zeros(())]
         moments = [s[name] if s else torch.zeros_like(p) for name in STATE[1:] for s, p in zip(state, self.parameters, strict=True)]
         return [*taken, self._rate[1], *moments]
@@ -71,10 +79,10 @@ class AdamStep:
 
     def take(self, new: list[Tensor]) -> None:
         """Puts what a step gave into the parameters and the optimiser's state, which existed when `inputs` were asked for."""
-        taken, means, squares = self._state
+        means, squares = self._moments
         with torch.no_grad():
             torch._foreach_copy_([*self.parameters, *means, *squares], new)
-            torch._foreach_add_(taken, 1)
+            self._taken += 1
 
     def agrees(self, new: Sequence[Tensor]) -> bool:
         """Whether ``new`` is what the optimiser's own step has just made, to half of the digits."""

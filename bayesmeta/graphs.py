@@ -62,10 +62,12 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
 
     # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process
-    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-    with warnings.catch_warnings(), tracing(context):
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    # of tensors as they are the compiler takes the sizes as unknown
+    examples = [mode.from_tensor(v, static_shapes=True) for v in inputs]
+    with warnings.catch_warnings(), tracing(TracingContext(mode)):
         warnings.simplefilter("ignore")  # the compiler's remarks on itself
-        run: Any = torch._inductor.compile(copied, [*inputs], options=options)
+        run: Any = torch._inductor.compile(copied, examples, options=options)
     return Recorded(run, module, inputs) if on_gpu else run
 
 
