@@ -541,7 +541,7 @@ def difference(found: Gradients, wanted: Gradients, least: float = SMALL) -> flo
 
 
 def _tensors(episode: Episode) -> list[Tensor]:
-    return [v for points in episode for v in points if v is not None]
+    return [v.contiguous() for points in episode for v in points if v is not None]  # a compiled graph takes them in one order only
 
 
 def _largest(sets: Sequence[Points]) -> Tensor:

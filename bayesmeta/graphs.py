@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from .large_products import has_door_in_c
 from .rewriting import rewritten
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse
     )
 )  # fmt: skip
 SHORT = 2000  # operations
+LITTLE = 2**25  # bytes of all results together, up to which a graph takes its memory in one piece; larger pieces do not stay in the cache
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -58,13 +60,13 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     # on a CPU what calls the kernels is compiled too, which was a fifth of a short step; of a long one it takes minutes to compile, and
     # operations without a door in C stay with Python
     short = len(copied.graph.nodes) <= SHORT and not any(_is_pythons(node) for node in copied.graph.nodes)
-    options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu}
+    options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": not on_gpu and _memory(module) <= LITTLE}
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
 
     # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     # of tensors as they are the compiler takes the sizes as unknown
-    examples = [mode.from_tensor(v, static_shapes=True) for v in inputs]
+    examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
     with warnings.catch_warnings(), tracing(TracingContext(mode)):
         warnings.simplefilter("ignore")  # the compiler's remarks on itself
         run: Any = torch._inductor.compile(copied, examples, options=options)
@@ -241,8 +243,16 @@ def _on_cpu(node: Node, module: GraphModule) -> bool:
     return value is not None and value.device.type == "cpu"
 
 
+def _memory(module: GraphModule) -> float:
+    """Bytes of all that a graph makes, views counted with the rest; infinite where one is not known."""
+    values = [node.meta.get("val", node.meta.get("tensor_meta")) for node in module.graph.nodes if node.op == "call_function"]
+    return sum(v.nbytes if isinstance(v, Tensor) else 0 if isinstance(v, list | tuple) else math.inf for v in values)
+
+
 def _is_pythons(node: Node) -> bool:
     name = str(node.target)
+    if node.target == torch.ops.bayesmeta.product.default:
+        return not has_door_in_c()
     elsewhere = not name.startswith(("aten.", "prims.", "<built-in")) or "linalg" in name or "median" in name
     return node.op == "call_function" and (elsewhere or _is_random(node))
 

@@ -1,8 +1,7 @@
 """What is done to a graph of operations before TorchInductor compiles it: products of matrices, and factors of small ones, done faster.
 
     (A B)ᵀ  →  Bᵀ Aᵀ     a gradient in weights comes out transposed, and setting it right number by number took longer than the product
-    large float32 A B    oneDNN's on the CPU: torch takes MKL's, which uses half of what other makers' processors can do (measured on an
-                         AMD EPYC: 52 µs instead of 103 for 1360 × 64 × 64)
+    large float32 A B    oneDNN's on the CPU (`large_products`)
     a row, a column      number by number, which is fused with what is round it
     axes put into one    their numbers kept in the order of the result (convolutions as products)
     the same for all     once (`sharing`); sums of products within the product (`sums_of_products`)
@@ -25,36 +24,21 @@ from torch.fx.node import map_arg
 
 from . import small_matrices
 from .graph_nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
+from .large_products import multiply_by_onednn
 from .sharing import shared
 from .sums_of_products import add_up_within_products
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # transposed by transposing what they are of
-LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications from which oneDNN's product is the faster
 MANY, NARROW = 500, 16
 FEW = 100_000  # multiplications up to which a product with a single row or column is taken number by number
-LEAST = 32  # rows or columns: a long and narrow one gains nothing
 FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {  # of small matrices: which argument is one, and what is put in place
     aten.linalg_cholesky_ex.default: (0, small_matrices.cholesky_ex),
     aten.linalg_solve_triangular.default: (0, small_matrices.solve_triangular),
     aten.cholesky_solve.default: (1, small_matrices.cholesky_solve),
     aten.cholesky_inverse.default: (0, small_matrices.cholesky_inverse),
 }
-
-
-def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    rows, columns = b.shape
-    if b.stride() not in ((columns, 1), (1, rows)):  # a part of a matrix: oneDNN takes a hundred times as long for one
-        b = b.contiguous()
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
-    return product
-
-
-_library = torch.library.Library("bayesmeta", "FRAGMENT")
-_library.define("product(Tensor a, Tensor b) -> Tensor")
-_library.impl("product", _by_onednn, "CPU")
-_library.impl("product", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
 def rewritten(module: GraphModule) -> GraphModule:
@@ -95,8 +79,7 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
             node.replace_all_uses_with(_flipped(product))
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
-        if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _is_large(*node.args[-2:]):
-            _multiply_by_onednn(node)
+        multiply_by_onednn(node)
     for rule in (_multiply_by_number, _turn_narrow):
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             rule(node)
@@ -150,16 +133,6 @@ def _noted(node: Node, like: Node) -> Node:
     return node
 
 
-def _multiply_by_onednn(node: Node) -> None:
-    *bias, a, b = node.args
-    with node.graph.inserting_after(node):
-        product = node.graph.call_function(torch.ops.bayesmeta.product.default, (a, b))
-    with node.graph.inserting_after(product):
-        made = node.graph.call_function(aten.add.Tensor, (product, bias[0])) if bias else product
-    node.replace_all_uses_with(made)
-    node.graph.erase_node(node)
-
-
 def _multiply_by_number(node: Node) -> None:
     """Products with a single row or column, or of one with one, number by number: the compiler fuses those with what is round them."""
     a, b = node.args
@@ -167,6 +140,8 @@ def _multiply_by_number(node: Node) -> None:
     if not node.meta["val"].is_floating_point():  # a sum of whole numbers is of another type
         return
     if not (inner == 1 or (min(rows, columns) == 1 and rows * inner * columns <= FEW)):
+        return
+    if inner == 1 and rows > MANY and is_tensor(b) and b.meta["val"].stride(1) > 1:  # type: ignore[union-attr]  # a weight's column: read without vectors at each row
         return
     graph, call = node.graph, node.graph.call_function
     with graph.inserting_before(node):
@@ -255,13 +230,3 @@ def _written_out(node: Node, instead: Callable[..., Any]) -> None:
         part.replace_all_uses_with(results[number])
         graph.erase_node(part)
     graph.erase_node(node)
-
-
-def _is_large(a: Any, b: Any) -> bool:
-    first, second = (node.meta.get("val") for node in (a, b))
-    if first is None or second is None or first.dtype != torch.float32 or first.device.type != "cpu":
-        return False
-    if not torch.backends.mkldnn.is_available():
-        return False
-    sizes = (*first.shape, second.shape[1])
-    return min(sizes) >= LEAST and math.prod(sizes) >= (LARGE if first.stride()[-1] == 1 else LARGE_TRANSPOSED)

@@ -6,7 +6,8 @@ from torch.nn.functional import linear
 
 from bayesmeta.graph_nodes import TRANSPOSES
 from bayesmeta.graphs import trace
-from bayesmeta.rewriting import LARGE, rewritten
+from bayesmeta.large_products import LARGE, has_door_in_c
+from bayesmeta.rewriting import rewritten
 
 PRODUCT = torch.ops.bayesmeta.product.default
 
