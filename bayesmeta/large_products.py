@@ -18,7 +18,8 @@ from torch.fx import Node
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 LARGE, LARGE_TRANSPOSED = 2_000_000, 4_000_000  # multiplications from which oneDNN's product is the faster
-LEAST = 32  # rows or columns: a long and narrow one gains nothing
+THIN, NARROW = 4, 32  # rows, columns and numbers in a sum that there must be at least; NARROW where the first matrix is transposed and
+BROAD = 64  # the second has fewer columns than that
 
 
 def _by_onednn(a: Tensor, turned: Tensor) -> Tensor:
@@ -59,7 +60,9 @@ def _is_large(a: Any, b: Any) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     sizes = (*first.shape, second.shape[1])
-    return min(sizes) >= LEAST and math.prod(sizes) >= (LARGE if first.stride()[-1] == 1 else LARGE_TRANSPOSED)
+    if first.stride()[-1] == 1:
+        return min(sizes) >= THIN and math.prod(sizes) >= LARGE
+    return min(sizes) >= (THIN if sizes[-1] >= BROAD else NARROW) and math.prod(sizes) >= LARGE_TRANSPOSED
 
 
 @functools.cache

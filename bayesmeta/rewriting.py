@@ -3,7 +3,7 @@
     (A B)ᵀ  →  Bᵀ Aᵀ     a gradient in weights comes out transposed, and setting it right number by number took longer than the product
     large float32 A B    oneDNN's on the CPU (`large_products`)
     a row, a column      number by number, which is fused with what is round it
-    long sums            in two steps
+    long sums            without what is constant in them, and in two steps (`long_sums`)
     axes put into one    their numbers kept in the order of the result (convolutions as products)
     the same for all     once (`sharing`); sums of products within the product (`sums_of_products`)
     Cholesky, n ≤ 3      plain operations (`small_matrices`)
@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from . import small_matrices
 from .graph_nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .large_products import multiply_by_onednn
+from .long_sums import shorten_sums
 from .sharing import shared
 from .sums_of_products import add_up_within_products
 
@@ -33,7 +34,6 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # transposed by transposing what they are of
 MANY, NARROW = 500, 16
-CHUNK = 4096  # TorchInductor's
 FEW = 100_000  # multiplications up to which a product with a single row or column is taken number by number
 FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {  # of small matrices: which argument is one, and what is put in place
     aten.linalg_cholesky_ex.default: (0, small_matrices.cholesky_ex),
@@ -80,13 +80,14 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
         if product is not None and _can_flip(product):
             node.replace_all_uses_with(_flipped(product))
     graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        multiply_by_onednn(node)
     for rule in (_multiply_by_number, _turn_narrow):
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             rule(node)
-    for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
-        _add_up_in_two(node)
+    note_values(whole, module)
+    for node in list(graph.nodes):
+        multiply_by_onednn(node)
+    shorten_sums(graph)
+    graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
         _keep_order(node)
     return whole
@@ -170,26 +171,6 @@ def _turn_narrow(node: Node) -> None:
     with node.graph.inserting_before(node):
         turned = call(aten.t.default, (call(aten.mm.default, (call(aten.t.default, (b,)), stands)),))
     node.replace_all_uses_with(turned)
-    node.graph.erase_node(node)
-
-
-def _add_up_in_two(node: Any) -> None:
-    """A long sum over several axes: over all but the first of them, then over that one.
-
-    The compiler adds up more than `CHUNK` numbers in pieces, for exactness, and no longer in registers; this is as exact.
-    """
-    values, axes, *keeps = node.args
-    size = [shape(values)[axis] for axis in axes]
-    if not (is_tensor(values) and node.meta["val"].device.type == "cpu" and len(axes) > 1 and not node.kwargs and math.prod(size) > CHUNK):
-        return
-    first, *others = sorted(range(len(axes)), key=lambda i: axes[i] % len(shape(values)))
-    if size[first] == 1 or math.prod(size[i] for i in others) > CHUNK:
-        return
-    with node.graph.inserting_before(node):
-        part = node.graph.call_function(aten.sum.dim_IntList, (values, [axes[i] for i in others], True))
-        whole = node.graph.call_function(aten.sum.dim_IntList, (part, axes, *keeps))
-    whole.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(whole)
     node.graph.erase_node(node)
 
 

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from bayesmeta.graph_nodes import TRANSPOSES
 from bayesmeta.graphs import trace
-from bayesmeta.large_products import LARGE, has_door_in_c
+from bayesmeta.large_products import LARGE
 from bayesmeta.rewriting import rewritten
 
 PRODUCT = torch.ops.bayesmeta.product.default

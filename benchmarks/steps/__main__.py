@@ -16,7 +16,7 @@
 A step is loss, gradient and an Adam step of θ. Contenders take turns, round after round; a ratio is the median over rounds of the times in
 one round, to the first contender's time. Compilation is apart, with the compiler's disk cache as it is. First losses must agree: those of
 three steps, fed the same noise where there is any; the first alone for a JAX step that draws its own noise afterwards; of NumPyro, whose
-noise is its own, the mean over 50 draws. Memory is what the process grows by during a step (on a CPU).
+noise is its own, the mean over 50 draws. Memory (``--memory``) is what the process grows by during a step (on a CPU).
 
 On a GPU ``--device cuda`` takes W2 with 32 tasks and W1 with 1,000 as well; data are there already, all is float32 without TensorFloat-32,
 and a step ends when its loss is on the CPU. JAX and NumPyro take part where they have the GPU.
@@ -94,7 +94,7 @@ def run(w: Workload, chosen: list[str], options: argparse.Namespace) -> list[dic
     rows: list[dict[str, object]] = []
     for name, contender in made.items():
         typical = measure.medians(times[name])
-        memory = measure.working_memory(contender.step) if w.device == "cpu" else math.nan
+        memory = measure.working_memory(contender.step) if options.memory and w.device == "cpu" else math.nan
         rows.append({
             "workload": w.name, "contender": name, "ms": round(typical.wall, 4), "cpu_ms": round(typical.cpu, 4),
             "ratio": round(measure.ratio(times[name], times[next(iter(made))]), 3), "rounds": len(times[name]),
@@ -112,7 +112,8 @@ def show(rows: list[dict[str, object]], seconds: float) -> None:
             continue
         print(f"  {row['contender']:10}{row['ms']:>12.3f} ms{row['ratio']:>10.2f} ×   cpu {row['cpu_ms']:>10.3f} ms"
               f"   first step {row['first_step_s']:>7.1f} s"
-              f"   memory {row['step_memory_mib']:>8.1f} MiB   loss {row['first_loss']}", flush=True)  # fmt: skip
+              + ("" if math.isnan(row["step_memory_mib"]) else f"   memory {row['step_memory_mib']:>8.1f} MiB")
+              + f"   loss {row['first_loss']}", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -123,11 +124,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="rounds")
     parser.add_argument("--seconds", type=float, default=60.0, help="after this long a workload's rounds end, 3 or more of them done")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory", action="store_true", help="measure it too, with one heap for all threads, which slows some contenders")
     parser.add_argument("--out", type=Path, help="folder for results.csv and results.png")
     parser.add_argument("--remains", action="store_true", help="what a compiled step's time goes into")
     parser.add_argument("--scaling", action="store_true", help="T = 1 … 1000, K = 1 … 20, M = 1 … 64, compiled against the loop")
     options = parser.parse_args()
-    measure.one_arena()
+    options.memory |= options.scaling
+    if options.memory:
+        measure.one_arena()
     torch.backends.cudnn.allow_tf32 = False
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"JAX_PLATFORMS": "cpu"} if options.device == "cpu" else {})
     where = platform.machine() if options.device == "cpu" else torch.cuda.get_device_name()
