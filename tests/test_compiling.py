@@ -374,6 +374,33 @@ def test_a_graph_with_other_noise_is_found_out(float64, monkeypatch):
     assert_same_training(found, trained(make, False))
 
 
+def test_data_come_to_the_graph_in_one_order(float64, monkeypatch):
+    """A compiled graph takes tensors as its first ones stood in memory, however an episode's stand."""
+
+    def strict(module, inputs):
+        places = [v.stride() for v in inputs]
+
+        def run(*values):
+            assert [v.stride() for v in values] == places
+            return module(*values)
+
+        return run
+
+    class Turned(Tasks):
+        calls = 0
+
+        def sample(self, num_tasks, *, generator=None):
+            found = super().sample(num_tasks, generator=generator)
+            self.calls += 1
+            if self.calls % 2:
+                return found
+            return Episode(*(Points(*(v.transpose(0, 1).contiguous().transpose(0, 1) for v in points)) for points in found))
+
+    monkeypatch.setattr(compiling, "inductor", strict)
+    make = lambda: MAML(radon(), inner_steps=1, inner_lr=0.01)  # noqa: E731
+    assert_same_training(trained(make, True, Turned()), trained(make, False), rtol=0, atol=1e-12)
+
+
 def test_without_a_compiler_the_traced_step_serves(float64, monkeypatch):
     def broken(module, inputs):
         raise OSError("no compiler here")
