@@ -20,6 +20,7 @@ class AdamStep:
 
     def __init__(self, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> None:
         self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
+        self._places = [p.detach() for p in self.parameters]  # where they stand, without a gradient's record of what is put there
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
         self._moments: list[list[Tensor]] = []  # the optimiser's m and v of all parameters, as the last `inputs` found them
@@ -79,10 +80,8 @@ class AdamStep:
 
     def take(self, new: list[Tensor]) -> None:
         """Puts what a step gave into the parameters and the optimiser's state, which existed when `inputs` were asked for."""
-        means, squares = self._moments
-        with torch.no_grad():
-            torch._foreach_copy_([*self.parameters, *means, *squares], new)
-            self._taken += 1
+        torch._foreach_copy_([*self._places, *self._moments[0], *self._moments[1]], new)
+        self._taken += 1
 
     def agrees(self, new: Sequence[Tensor]) -> bool:
         """Whether ``new`` is what the optimiser's own step has just made, to half of the digits."""

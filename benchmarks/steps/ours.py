@@ -77,8 +77,4 @@ def training(
     gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam, autocast=autocast, task_chunk=chunk)
     run = _Run(made, parameters, optimiser, None, generator, gradient, Ranks())
 
-    def step() -> float:
-        # other data at every step, as in training: what was seen of the last ones does not help
-        return run.step(bm.Episode(*(p._replace(y=p.y.clone()) for p in episode)), None, 1)
-
-    return run, step
+    return run, lambda: run.step(episode, None, 1)
