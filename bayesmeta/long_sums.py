@@ -19,7 +19,7 @@ from .graph_nodes import SAME, is_tensor, shape
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList
 CHUNK = 4096  # TorchInductor adds up more than that in pieces, for exactness
-LONG = 16  # numbers in a sum from which on factors are taken out of it
+LONG = 256  # numbers in a sum over several axes from which on factors are taken out of it: shorter ones are fused with what they are of
 DEEPEST = 20  # factors
 
 
@@ -35,7 +35,7 @@ def _take_factors_out(node: Any) -> None:
     values, axes, *_ = node.args
     size = shape(values)
     axes = [axis % len(size) for axis in axes]
-    if math.prod(size[axis] for axis in axes) < LONG:
+    if len(axes) < 2 or math.prod(size[axis] for axis in axes) < LONG:
         return
     inner, factors, constant = values, list[Any](), set(axes)
     while len(factors) < DEEPEST:
