@@ -1,5 +1,6 @@
 """What is left of a compiled step's time: products of matrices, the other kernels, the optimiser, and Python round the graph."""
 
+import math
 import statistics
 from collections.abc import Callable
 from time import perf_counter
@@ -7,18 +8,24 @@ from time import perf_counter
 import torch
 
 from bayesmeta.rewriting import rewritten
+from bayesmeta.sweep import Sweep
 
 from . import ours
 from .workloads import Workload
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "product", "_linear_pointwise", "convolution", "convolution_backward", "mkldnn_convolution")
-ROUNDS = 200
+ROUNDS, SECONDS = 200, 10.0  # at most
 
 
 def remains(w: Workload) -> dict[str, float]:
-    """Ms a step by part. The optimiser's is the difference to a graph without it; kernels are what is left of the graph."""
+    """Ms a step by part. The optimiser's is the difference to a graph without it; kernels are what is left of the graph.
+
+    A sweep over inner steps, several graphs with Python between them, is not taken apart.
+    """
     run, step = ours.training(w, True)
     whole, graph, products = _measured(run, step)
+    if math.isnan(products):
+        return {"step": whole, "swept graphs": graph, "Python": whole - graph}
     bare, step = ours.training(w, True, with_adam=False)
     without = _measured(bare, step)[1]
     optimiser = max(0.0, graph - without)
@@ -29,9 +36,11 @@ def remains(w: Workload) -> dict[str, float]:
 
 
 def _measured(run: ours._Run, step: Callable[[], float]) -> tuple[float, float, float]:
-    """Medians of the whole step, of the graph alone, and the products' part of that."""
+    """Medians of the whole step, of its graph, chunk after chunk, and the products' part of that, NaN of a sweep."""
+    start = perf_counter()
     for _ in range(5):
         step()
+    rounds = max(5, min(ROUNDS, int(SECONDS / (perf_counter() - start) * 5)))
     compiler = run.gradient.compiler
     (traced,) = compiler.graphs.values()
     inside, seen = list[float](), list[tuple[torch.Tensor, ...]]()
@@ -46,15 +55,19 @@ def _measured(run: ours._Run, step: Callable[[], float]) -> tuple[float, float, 
 
     traced.run = timed  # type: ignore[assignment]
     whole = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = perf_counter()
         step()
         whole.append(1000 * (perf_counter() - start))
     traced.run = call
+    chunks = len(inside) // rounds
+    graph = statistics.median(sum(inside[i * chunks : (i + 1) * chunks]) for i in range(rounds))
+    if isinstance(traced.module, Sweep):
+        return statistics.median(whole), graph, math.nan
     products = _Products(rewritten(traced.module))
     with torch.no_grad():
         products.run(*seen[-1])
-    return statistics.median(whole), statistics.median(inside), products.ms
+    return statistics.median(whole), graph, products.ms * chunks
 
 
 class _Products(torch.fx.Interpreter):
