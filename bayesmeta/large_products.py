@@ -72,18 +72,21 @@ def has_door_in_c() -> bool:
         from torch._inductor import ir, mkldnn_ir  # not before it is needed: it takes long to import
         from torch._inductor.lowering import register_lowering
 
+        # no part of torch's interface: where one of them is missing, Python serves
+        finished, in_storage = mkldnn_ir._create_output_node, ir.as_storage_and_layout
+
         class Product(mkldnn_ir.LinearUnary):
             """The call that `LinearUnary` writes, of matrices as they stand."""
 
         def lower(a: Any, turned: Any) -> Any:
             a, turned = ir.ExternKernel.realize_input(a), ir.ExternKernel.realize_input(turned)
-            (_, layout), (_, other) = (ir.as_storage_and_layout(v, freeze=True) for v in (a, turned))
+            (_, layout), (_, other) = (in_storage(v, freeze=True) for v in (a, turned))
             (rows, inner), columns = layout.size, other.size[0]
             if list(other.stride) not in ([inner, 1], [1, columns]):
                 turned = ir.ExternKernel.require_contiguous(turned)
             result = ir.FixedLayout(device=a.get_device(), dtype=a.get_dtype(), size=[rows, columns])
             call = Product(layout=result, inputs=[a, turned], constant_args=[None, "none", [-1], ""])
-            return ir.TensorBox.create(mkldnn_ir._create_output_node(call))
+            return ir.TensorBox.create(finished(call))
 
         register_lowering(torch.ops.bayesmeta.product, type_promotion_kind=None)(lower)
     except (ImportError, AttributeError) as error:

@@ -51,18 +51,19 @@ def _take_factors_out(node: Any) -> None:
     with node.graph.inserting_before(node):
         total = _sum(inner, [axis for axis in axes if axis in constant])
         for target, other in reversed(factors):
-            total = call(target, (total, *other))
+            total = total if target is None else call(target, (total, *other))
         if set(axes) != constant or not _keeps(node):
             total = call(SUM, (total, axes, _keeps(node)))
     _replace(node, total)
 
 
 def _without_factor(node: Any, size: tuple[int, ...], axes: list[int]) -> tuple[Node, set[int], Any, tuple[Any, ...]] | None:
-    """Of what ``node``, of ``size``, is a multiple; along which of ``axes`` the factor is constant; how that is multiplied by it."""
+    """What ``node``, of ``size``, is a multiple of; along which of ``axes`` the factor is constant; how it multiplies, None by 1."""
     if not isinstance(node, Node) or node.op != "call_function" or node.kwargs or not is_tensor(node.args[0] if node.args else None):
         return None
     of, *others = node.args
-    target, along, by = node.target, set(axes), tuple[Any, ...]()
+    target: Any = node.target
+    along, by = set(axes), tuple[Any, ...]()
     if target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) and isinstance(others[0], int | float):
         by = (others[0],)
     elif target in (aten.mul.Tensor, aten.div.Tensor) and is_tensor(others[0]):
@@ -72,7 +73,7 @@ def _without_factor(node: Any, size: tuple[int, ...], axes: list[int]) -> tuple[
         missing = len(size) - len(shape(factor))
         along, by = {axis for axis in axes if axis < missing or shape(factor)[axis - missing] == 1}, (factor,)
     elif target in SAME or (target == aten.pow.Tensor_Scalar and others[0] == 1):
-        target = aten.alias.default
+        target = None
     elif target != aten.neg.default:
         return None
     alike = shape(of) == size and of.meta["val"].dtype == node.meta["val"].dtype  # type: ignore[union-attr]
