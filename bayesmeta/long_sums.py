@@ -27,7 +27,7 @@ def shorten_sums(graph: Graph) -> None:
     """Changes ``graph``, in which nothing may be written over in place."""
     for rule in (_take_factors_out, _add_up_in_two):
         for node in graph.find_nodes(op="call_function", target=SUM):
-            if is_tensor(node) and is_tensor(node.args[0]) and not node.kwargs and node.args[1] and node.meta["val"].is_floating_point():
+            if is_tensor(node) and shape(node.args[0]) and not node.kwargs and node.args[1] and node.meta["val"].is_floating_point():
                 rule(node)
 
 

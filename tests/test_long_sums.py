@@ -55,7 +55,7 @@ def test_what_is_not_stays():
         lambda x, y, c: [(c * x[:, :, :1, :1]).expand(x.shape).sum((0, 2, 3))],
         lambda x, y, c: [(x[:, :, :1, :1] * c.expand(x.shape)).sum((0, 2, 3))],  # the other factor is the large one
         lambda x, y, c: [(2 * (x > 0)).sum((0, 2, 3))],  # of whole numbers
-        lambda x, y, c: [(2.0 * x[:0]).sum((0, 2, 3)), (2.0 * x).sum(())],
+        lambda x, y, c: [(2.0 * x[:0]).sum((0, 2, 3)), (2.0 * x).sum(()), (2.0 * x[0, 0, 0, 0]).sum((0,))],
     )
     for function in functions:
         graph = trace(function, [x, y, c])
