@@ -27,8 +27,9 @@ $(VENV)/.ready-test: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(RUN) bayesmeta compare radon --out runs/radon
 
+# two processes of one thread each take a little over half of one process's time
 test: $(VENV)/.ready-test
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2
 
 test-slow: $(VENV)/.ready-test
 	$(RUN) pytest -m slow
