@@ -245,7 +245,7 @@ def _on_cpu(node: Node, module: GraphModule) -> bool:
 
 def _memory(module: GraphModule) -> float:
     """Bytes of all that a graph makes, views counted with the rest; infinite where one is not known."""
-    values = [node.meta.get("val", node.meta.get("tensor_meta")) for node in module.graph.nodes if node.op == "call_function"]
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
     return sum(v.nbytes if isinstance(v, Tensor) else 0 if isinstance(v, list | tuple) else math.inf for v in values)
 
 

@@ -37,10 +37,11 @@ def remains(w: Workload) -> dict[str, float]:
 
 def _measured(run: ours._Run, step: Callable[[], float]) -> tuple[float, float, float]:
     """Medians of the whole step, of its graph, chunk after chunk, and the products' part of that, NaN of a sweep."""
-    start = perf_counter()
-    for _ in range(5):
+    for _ in range(5):  # the first one compiles
         step()
-    rounds = max(5, min(ROUNDS, int(SECONDS / (perf_counter() - start) * 5)))
+    start = perf_counter()
+    step()
+    rounds = max(5, min(ROUNDS, int(SECONDS / (perf_counter() - start))))
     compiler = run.gradient.compiler
     (traced,) = compiler.graphs.values()
     inside, seen = list[float](), list[tuple[torch.Tensor, ...]]()
