@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter, in torch.optim.Adam
+LONGEST = 1e30  # a step of a parameter in the graph; with it no parameter overflows that is finite
 
 
 class AdamStep:
     """Kingma & Ba (2015), algorithm 1, on the state of ``optimiser``, after clipping the gradient's norm to ``clip``.
 
         m ← β₁ m + (1 − β₁) g      v ← β₂ v + (1 − β₂) g²      θ ← θ − lr m / (1 − β₁ᵗ) / ( √(v / (1 − β₂ᵗ)) + ε )
+
+    g, m and v are one vector each for all parameters; what the optimiser has as each parameter's own m and v are views of them.
     """
 
     def __init__(self, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> None:
         self.optimiser, self.parameters, self.clip = optimiser, list(parameters), clip
-        self._places = [p.detach() for p in self.parameters]  # where they stand, without a gradient's record of what is put there
+        self.sizes = [p.numel() for p in self.parameters]
         self.betas, self.eps = optimiser.defaults["betas"], optimiser.defaults["eps"]
+        double = torch.get_default_dtype() == torch.float64 and not optimiser.param_groups[0].get("fused")
+        self._counts = torch.float64 if double else torch.float32  # the type of numbers of steps: torch.optim's, which a graph relies on
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
-        self._moments: list[list[Tensor]] = []  # the optimiser's m and v of all parameters, as the last `inputs` found them
-        self._taken = torch.zeros(0)  # the number of steps, once a parameter; `_views`: each parameter's own, as the optimiser has it
-        self._views: list[Tensor] = []
+        self._state: list[Tensor] = []  # the number of steps, once a parameter, m, and v
+        self._views: list[Tensor] = []  # of those, as the optimiser has them
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -34,10 +38,11 @@ class AdamStep:
 
     @classmethod
     def of(cls, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], clip: float | None) -> AdamStep | None:
-        """None where ``optimiser`` is anything but a plain Adam over ``parameters`` and nothing else."""
+        """None where ``optimiser`` is anything but a plain Adam over ``parameters`` of one type, contiguous, and nothing else."""
         group = optimiser.param_groups[0]
         plain = type(optimiser) is torch.optim.Adam and len(optimiser.param_groups) == 1
         plain = plain and all(a is b for a, b in zip(group["params"], parameters, strict=False)) and len(group["params"]) == len(parameters)
+        plain = plain and len({(p.dtype, p.device) for p in parameters}) == 1 and all(p.is_contiguous() for p in parameters)
         odd = ("amsgrad", "maximize", "weight_decay", "differentiable", "capturable", "decoupled_weight_decay")
         hooks: list[Any] = [getattr(optimiser, name, None) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
         if not plain or any(group.get(name) for name in odd) or any(hooks) or isinstance(group["lr"], Tensor):
@@ -46,45 +51,70 @@ class AdamStep:
         return cls(optimiser, parameters, clip) if same and group["eps"] == optimiser.defaults["eps"] else None
 
     def inputs(self) -> list[Tensor]:
-        """How many steps were taken, the learning rate, and m and v of each parameter, as they stand; nothing waits for a GPU."""
+        """The learning rate ``()``, the number of steps taken, once a parameter ``(P,)``, m and v ``(D,)``; nothing waits for a GPU.
+
+        The last three are the optimiser's state itself, once it has any; but for a number that it counts on another device.
+        """
         like = self.parameters[0]
         rate = float(self.optimiser.param_groups[0]["lr"])
         if self._rate is None or self._rate[0] != rate:
             self._rate = rate, like.new_tensor(rate)
         state = [self.optimiser.state.get(p) for p in self.parameters]
         if all(state):
-            numbers, *self._moments = [[s[name] for s in state if s] for name in STATE]
-            if not (len(numbers) == len(self._views) and all(map(operator.is_, numbers, self._views))):
-                # in one place: to add 1 to each on its own takes as long as a short graph
-                self._taken = torch.stack(numbers)
-                self._views = [self._taken[i] for i in range(len(numbers))]
-                for s, view in zip(state, self._views, strict=True):
-                    s["step"] = view  # type: ignore[index]
-            return [self._views[0].to(like), self._rate[1], *self._moments[0], *self._moments[1]]
-        taken = [s["step"].to(like) for s in state[:1] if s] or [like.new_zeros(())]
-        moments = [s[name] if s else torch.zeros_like(p) for name in STATE[1:] for s, p in zip(state, self.parameters, strict=True)]
-        return [*taken, self._rate[1], *moments]
+            found = [s[name] for s in state if s for name in STATE]
+            if not (len(found) == len(self._views) and all(map(operator.is_, found, self._views))):
+                self._put_together([s for s in state if s])
+            taken, *moments = self._state
+        else:
+            taken = torch.stack([s["step"].to(self._counts) if s else torch.zeros((), dtype=self._counts) for s in state])
+            moments = [
+                self._flat([s[name] if s else torch.zeros_like(p) for s, p in zip(state, self.parameters, strict=True)])
+                for name in STATE[1:]
+            ]
+        return [self._rate[1], taken if taken.device == like.device else taken.to(like.device), *moments]
 
-    def __call__(self, values: Sequence[Tensor], gradients: Sequence[Tensor], norm: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """θ, m and v after the step, each for all parameters, from θ, its gradient, the gradient's norm and `inputs`."""
-        taken, rate, *moments = inputs
-        number = taken + 1
-        (one, two), count = self.betas, len(values)
+    @torch.no_grad()
+    def _put_together(self, state: Sequence[dict[str, Tensor]]) -> None:
+        """Makes what the optimiser knows of each parameter views of one vector."""
+        moments = [self._flat([s[name] for s in state]) for name in STATE[1:]]
+        taken, *_ = self._state = [torch.stack([s["step"] for s in state]).to(self._counts), *moments]
+        self._views = []
+        for i, own in enumerate(zip(*(v.split(self.sizes) for v in moments), strict=True)):
+            views = [taken[i], *(v.view_as(self.parameters[i]) for v in own)]
+            state[i].update(zip(STATE, views, strict=True))
+            self._views += views
+
+    def _flat(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([v.detach().reshape(-1) for v in values])
+
+    def __call__(
+        self, values: Sequence[Tensor], gradient: Tensor, norm: Tensor, fine: Tensor, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Whether the step is ``fine``, and each θ, the number of steps, m and v after it, or as they were.
+
+        ``gradient (D,)`` and its norm, ``inputs`` as above.
+        """
+        rate, taken, m, v = inputs
+        number = taken[0].to(m) + 1
+        one, two = self.betas
         if self.clip is not None:  # as torch.nn.utils.clip_grad_norm_ does
-            gradients = [g * (self.clip / (norm + 1e-6)).clamp(max=1.0) for g in gradients]
-        means = [m + (1 - one) * (g - m) for m, g in zip(moments[:count], gradients, strict=True)]
-        squares = [two * v + (1 - two) * g * g for v, g in zip(moments[count:], gradients, strict=True)]
+            gradient = gradient * (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        mean = m + (1 - one) * (gradient - m)
+        square = two * v + (1 - two) * gradient * gradient
         size, root = rate / (1 - one**number), (1 - two**number).sqrt()
-        moved = [p - size * m / (v.sqrt() / root + self.eps) for p, m, v in zip(values, means, squares, strict=True)]
-        return [*moved, *means, *squares]
+        step = size * mean / (square.sqrt() / root + self.eps)
+        fine = fine & (step.abs().amax() <= LONGEST)
+        moved = [p - part.view(p.shape) for p, part in zip(values, step.split(self.sizes), strict=True)]
+        new = zip([*moved, taken + 1, mean, square], [*values, taken, m, v], strict=True)
+        return fine, [torch.where(fine, after, before) for after, before in new]
 
-    def take(self, new: list[Tensor]) -> None:
-        """Puts what a step gave into the parameters and the optimiser's state, which existed when `inputs` were asked for."""
-        torch._foreach_copy_([*self._places, *self._moments[0], *self._moments[1]], new)
-        self._taken += 1
+    def took(self) -> None:
+        """Says that a graph has taken a step, and has put it where `inputs` stood."""
+        if self._state[0].device != self.parameters[0].device:
+            self._state[0] += 1
 
     def agrees(self, new: Sequence[Tensor]) -> bool:
-        """Whether ``new`` is what the optimiser's own step has just made, to half of the digits."""
-        moments = [self.optimiser.state[p][name] for name in STATE[1:] for p in self.parameters]
-        pairs = [(found, wanted) for found, wanted in zip(new, [*self.parameters, *moments], strict=True) if wanted.numel()]
+        """Whether ``new`` (each θ, the number of steps, m, v) is what the optimiser's own step has just made, to half of the digits."""
+        state = [self._flat([self.optimiser.state[p][name] for p in self.parameters]) for name in STATE]
+        pairs = [(found, wanted.to(found)) for found, wanted in zip(new, [*self.parameters, *state], strict=True) if wanted.numel()]
         return all(bool((a - b).abs().max() <= torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()) for a, b in pairs)

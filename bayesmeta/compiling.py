@@ -39,6 +39,7 @@ from .adam import AdamStep
 from .episodes import LARGEST_TARGET, Episode, Points
 from .graphs import SHAPES, Backend, Recorded, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
 from .learners.base import AbstractMetaLearner, checked_choice
+from .overwriting import overwrite
 from .randomness import rng
 from .sweep import Place, Placed, Result, Sweep, sweep
 
@@ -49,6 +50,7 @@ Losses = Callable[[Episode], tuple[Tensor, Tensor]]
 MOST_SHAPES = 32  # traced in a run: more of them are no use
 SMALL = 0.05  # a gradient of that share of the largest's size, or less, is held to eager as if it were that size: it may be rounding alone
 NUDGES, NUDGE = 8, 4.0  # how many eager results, at parameters so many units of their last digit away, tell what rounding can do
+RESULTS = 4  # of a step with the optimiser's: losses, loss, facts, gradient; what follows is written over the inputs
 CHECKS = 2  # how many steps of a new graph are held to eager
 WARM_UP = 5  # eager steps that are timed before "auto" thinks of anything better
 SWEPT_OPERATIONS = 3_000  # so many more than a sweep's a single graph must have; with fewer it compiles in 40 s, and is a quarter faster
@@ -58,17 +60,20 @@ SAVED = 0.5  # the share of a step's time that tracing, and compiling after it, 
 
 
 class Update(NamedTuple):
-    """The step that a graph has taken: ``new`` parameters and state of the optimiser. ``trusted``: whether eager steps have agreed."""
+    """The optimiser's step that a graph has taken, of which ``loss`` is the loss.
 
-    new: list[Tensor]
-    trusted: bool
+    ``new``: parameters and the optimiser's state after it, where it is still to be held to the optimiser's own; empty where the graph has
+    put them in their places.
+    """
+
     loss: float
+    new: list[Tensor]
 
 
 class Gradients(NamedTuple):
     """A step's losses ``(T,)``, their mean with θ's share ``()``, and its gradient for each trained parameter (None: not reached).
 
-    ``update``: the optimiser's step along it, where the graph holds that too.
+    ``update``: the optimiser's step along it, where the graph holds that too; once it is trusted, gradients are not told (an empty list).
     """
 
     losses: Tensor
@@ -91,8 +96,8 @@ class TracedStep:
     """A step as a graph: ``module`` takes the learner's tensors, the episode's, and the noise; ``noise`` draws that.
 
     ``random``: whether it draws at all. ``reached``: which trained parameters have a gradient. ``evaluations``: what a step adds to the
-    model's count of gradients. ``updates``: whether it holds the optimiser's step. ``run``: ``module``, or what the compiler made of it.
-    ``seconds``: of the last steps.
+    model's count of gradients. ``written``: which inputs are written over with what the optimiser's step makes of them, none where it is
+    not in the graph. ``run``: ``module``, or what the compiler made of it. ``seconds``: of the last steps.
     """
 
     module: GraphModule | Sweep
@@ -100,7 +105,7 @@ class TracedStep:
     random: bool
     reached: list[bool]
     evaluations: float
-    updates: bool
+    written: list[int]
     run: Run
     compiled: bool = False
     lent: bool = False  # traced on another learner, or in another run
@@ -160,10 +165,11 @@ class StepCompiler:
         self._names, self._state = list(tensors), [v.detach() for v in tensors.values()]
         trained = {id(p) for p in self.parameters}
         self._trained = [id(v) in trained for v in tensors.values()]
+        order = [id(v) for v in tensors.values()]
+        self._places = [order.index(id(p)) for p in self.parameters]  # of the trained among all
         # of what is written into a graph, beside the data's shape
         kinds = [(name, tuple(v.shape), v.dtype, v.device, t) for (name, v), t in zip(tensors.items(), self._trained, strict=True)]
-        order = [id(v) for v in tensors.values()]
-        self._kind = repr((total, coarsest, kinds, [order.index(id(p)) for p in self.parameters], settings(learner)))
+        self._kind = repr((total, coarsest, kinds, self._places, settings(learner)))
         self.on_gpu, places = self._state[0].is_cuda, {str(v.device) for v in self._state}
         self.clock = costs.clock(self.on_gpu)
         self.sweeps = not self.on_gpu  # a recorded piece writes over what it gave the last time
@@ -305,13 +311,26 @@ class StepCompiler:
         if before is not None:
             self.generator.set_state(before)
         with torch.no_grad(), rng(self.generator) if step.random else NOTHING:
-            losses, loss, facts, *tensors = step.run(*self._inputs(step, episode))
-        value, largest, impossible, *sizes = facts.tolist()
-        if not (largest <= LARGEST_TARGET and not impossible and math.isfinite(value) and all(map(math.isfinite, sizes))):
+            inputs = self._inputs(step, episode)
+            if step.unchecked:
+                self._shield(step, inputs)
+            losses, loss, facts, *tensors = step.run(*inputs)
+        value, fine = facts.tolist()
+        if not fine:
             return None
-        rest = iter(tensors)
-        gradients = [next(rest) if reached else None for reached in step.reached]
-        return Gradients(losses, loss, gradients, Update(list(rest), not step.unchecked, value) if step.updates else None)
+        if not step.written:
+            rest = iter(tensors)
+            return Gradients(losses, loss, [next(rest) if reached else None for reached in step.reached])
+        if not step.unchecked:
+            return Gradients(losses, loss, [], Update(value, []))
+        parts = tensors[0].split([p.numel() for p in self.parameters])
+        gradients: list[Tensor | None] = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        return Gradients(losses, loss, gradients, Update(value, [inputs[i] for i in step.written]))
+
+    def _shield(self, step: TracedStep, inputs: list[Tensor]) -> None:
+        """Puts copies in the place of the inputs that the graph writes over."""
+        for i in step.written:
+            inputs[i] = inputs[i].clone()
 
     # --- held to eager
 
@@ -418,13 +437,16 @@ class StepCompiler:
         ) -> list[Tensor]:
             reached[:] = [g is not None for g in gradients]
             there = [g for g in gradients if g is not None]
+            adam = self.adam if all(reached) else None
+            if adam is not None:
+                there = [torch.cat([g.reshape(-1) for g in there])]
             norm = torch.stack([g.square().sum() for g in there]).sum().sqrt()
-            facts = [loss, _largest(placed.sets), self._impossible(placed.sets).to(loss), norm]
-            new: list[Tensor] = []
-            if self.adam is not None and all(reached):
-                new = self.adam([p.detach() for p in placed.trained], there, norm, extra)
-                facts += [torch.stack([p.abs().amax() for p in new[: len(there)] if p.numel()]).amax()]
-            return [losses, loss, torch.stack([fact.to(loss) for fact in facts]), *there, *new]
+            fine = loss.isfinite() & norm.isfinite()
+            fine = fine & (_largest(placed.sets) <= LARGEST_TARGET) & (self._impossible(placed.sets) == 0)
+            if adam is not None:
+                fine, new = adam([p.detach() for p in placed.trained], there[0], norm, fine, extra)
+                there += new
+            return [losses, loss, torch.stack([loss, fine.to(loss)]), *there]
 
         def step(*inputs: Tensor) -> list[Tensor]:
             placed = place(inputs[: len(fixed)])
@@ -442,7 +464,15 @@ class StepCompiler:
             noise = draw_noise_outside(graph)
         self.generator.set_state(before)
         model.gradient_evaluations = start
-        made = TracedStep(graph, noise, random, reached, evaluations, self.adam is not None and all(reached), graph)
+        written: list[int] = []
+        if self.adam is not None and all(reached):
+            last = graph.graphs["end"] if isinstance(graph, Sweep) else graph
+            inputs = len(last.graph.find_nodes(op="placeholder"))
+            drawn = graph.counts[0] if isinstance(graph, Sweep) else inputs - len(fixed) - len(extra)  # noise comes last
+            state = len(extra) - 1  # of the optimiser, behind the learning rate
+            written = [*self._places, *range(len(fixed) + 1, len(fixed) + len(extra))]
+            overwrite(last, dict(enumerate([*self._places, *range(inputs - drawn - state, inputs - drawn)], start=RESULTS)))
+        made = TracedStep(graph, noise, random, reached, evaluations, written, graph)
         made.run = self._uncompiled(made, episode)
         return made
 
@@ -452,9 +482,11 @@ class StepCompiler:
         return step.module
 
     def _example(self, step: TracedStep, episode: Episode) -> list[Tensor]:
-        """Inputs to make a run of a graph with; no random stream moves on."""
+        """Inputs to make a run of a graph with, which may write over them; no random stream moves on."""
         with torch.no_grad(), rng():
-            return self._inputs(step, episode)
+            inputs = self._inputs(step, episode)
+            self._shield(step, inputs)
+        return inputs
 
     def _swept(self, place: Place, result: Result, fixed: Sequence[Tensor], extra: Sequence[Tensor]) -> Sweep | None:
         """The step as a `Sweep`; None where it has no inner loop, or one of so few operations that a single graph serves better."""

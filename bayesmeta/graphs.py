@@ -20,6 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from .large_products import has_door_in_c
+from .light_buffers import light_buffers
+from .overwriting import overwritten
 from .rewriting import rewritten
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     # of tensors as they are the compiler takes the sizes as unknown
     examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
-    with warnings.catch_warnings(), tracing(TracingContext(mode)):
+    with warnings.catch_warnings(), tracing(TracingContext(mode)), light_buffers():
         warnings.simplefilter("ignore")  # the compiler's remarks on itself
         run: Any = torch._inductor.compile(copied, examples, options=options)
     return Recorded(run, module, inputs) if on_gpu else run
@@ -83,6 +85,7 @@ class Recorded:
     def __init__(self, run: Run, module: GraphModule, inputs: Sequence[Tensor]) -> None:
         self.run, self.standing = run, [v.clone(memory_format=torch.contiguous_format) for v in inputs]
         kinds = {(v.dtype, v.device) for v in inputs}
+        self._written = overwritten(module)
         self._alike = [[i for i, v in enumerate(inputs) if (v.dtype, v.device) == kind] for kind in kinds]  # are copied in one go
         self.recording: torch.cuda.CUDAGraph | None = None
         self.results: Sequence[Any] = ()
@@ -96,10 +99,14 @@ class Recorded:
         """What the graph gives for ``inputs``."""
         for which in self._alike:
             torch._foreach_copy_([self.standing[i] for i in which], [inputs[i] for i in which])
+        results = self.results
         if self.recording is None:
-            return self.run(*self.standing)
-        self.recording.replay()
-        return self.results
+            results = self.run(*self.standing)
+        else:
+            self.recording.replay()
+        if self._written:
+            torch._foreach_copy_([inputs[i] for i in self._written], [self.standing[i] for i in self._written])
+        return results
 
     def _record(self) -> None:
         here, stream = torch.cuda.current_stream(), torch.cuda.Stream()

@@ -27,6 +27,7 @@ from . import small_matrices
 from .graph_nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .large_products import multiply_by_onednn
 from .long_sums import shorten_sums
+from .overwriting import give_back, overwrite
 from .sharing import shared
 from .sums_of_products import add_up_within_products
 
@@ -45,7 +46,9 @@ FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {  # of small matrices: whi
 
 def rewritten(module: GraphModule) -> GraphModule:
     """A copy of ``module`` with the rules above applied, and without what tracing noted of its tensors."""
-    whole = _with_faster_products(module) if is_pure(module.graph) else _copied(module)
+    given = _copied(module)
+    places = give_back(given)
+    whole = _with_faster_products(given) if is_pure(given.graph) else given
     graph = whole.graph
     for node in list(graph.nodes):
         if node.target == aten._linalg_check_errors.default:
@@ -55,6 +58,7 @@ def rewritten(module: GraphModule) -> GraphModule:
             which, instead = FACTORS[node.target]
             if 1 <= shape(node.args[which])[-1] <= small_matrices.LARGEST:
                 _written_out(node, instead)
+    overwrite(whole, places)
     for node in graph.nodes:
         node.meta.clear()
     whole.recompile()

@@ -276,8 +276,8 @@ class _Run:
         found = self.gradient(episode, number, remaining)
         self.history.skipped = self.gradient.skipped
         adam = self.gradient.compiler.adam
-        if adam is not None and found.update is not None and found.update.trusted:
-            adam.take(found.update.new)
+        if adam is not None and found.update is not None and not found.update.new:
+            adam.took()
             loss = found.update.loss
         else:
             loss = self.move(found, clip, number)

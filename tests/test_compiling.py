@@ -184,8 +184,8 @@ def test_adams_steps_in_the_graph_are_the_optimisers(clip, float64, monkeypatch)
     """Its own state too, so that an eager step, a checkpoint or a schedule goes on from it."""
     as_traced(monkeypatch)
     taken, runs = [], []
-    take = AdamStep.take
-    monkeypatch.setattr(AdamStep, "take", lambda self, new: (taken.append(1), take(self, new))[1])
+    took = AdamStep.took
+    monkeypatch.setattr(AdamStep, "took", lambda self: (taken.append(1), took(self))[1])
     for mode in (True, False):
         made = []
         options = {
@@ -198,15 +198,53 @@ def test_adams_steps_in_the_graph_are_the_optimisers(clip, float64, monkeypatch)
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["traced", "compiled"])
+def test_a_step_that_is_too_long_for_the_graph_is_the_optimisers(backend, float64, monkeypatch):
+    """Nothing has been written by then: the eager step starts from the same parameters and the same state."""
+    if backend == "traced":
+        as_traced(monkeypatch)
+    far = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1e34 if k == 4 else 0.0 if k > 4 else 1.0)  # noqa: E731
+    runs = []
+    for mode in (True, False):
+        made = []
+        options = {"optimizer": lambda p, made=made: made.append(torch.optim.Adam(p, 0.01)) or made[0], "schedule": far, "steps": 5}
+        parameters, history, _ = trained(lambda: MAML(radon(), inner_steps=1, inner_lr=0.02), mode, **options)
+        runs.append((parameters, history.loss, made[0].state_dict()["state"]))
+    assert max(p.abs().max() for p in runs[0][0]) > 1e30
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["traced", "compiled"])
+def test_a_step_on_bad_data_has_written_nothing(backend, float64, monkeypatch):
+    if backend == "traced":
+        as_traced(monkeypatch)
+    learner, made, seen = MAML(radon(), inner_steps=1, inner_lr=0.02), [], []
+
+    class Worse(Tasks):
+        calls = 0
+
+        def sample(self, num_tasks, *, generator):
+            e = super().sample(num_tasks, generator=generator)
+            Worse.calls += 1
+            if Worse.calls == 7:
+                seen[:] = [copy.deepcopy(learner.state_dict()), copy.deepcopy(made[0].state_dict())]
+                e.query.y[1, 0] = 1e200
+            return e
+
+    with pytest.raises(ValueError, match=r"query\.y: task 1, point 0: expected a finite number of size at most"):
+        meta_train(learner, Worse(), steps=9, compile=True, optimizer=lambda p: made.append(torch.optim.Adam(p, 0.01)) or made[0])
+    torch.testing.assert_close([dict(learner.state_dict()), made[0].state_dict()], seen, rtol=0, atol=0)
+
+
 def test_adams_state_is_looked_up_at_each_step():
     a, b = (nn.Parameter(torch.full((2,), v)) for v in (1.0, 2.0))
     optimiser = torch.optim.Adam([a, b], 0.1)
     step = AdamStep.of(optimiser, [a, b], None)
-    assert [float(v.sum()) for v in step.inputs()] == [0, pytest.approx(0.1), 0, 0, 0, 0]
+    assert [v.tolist() for v in step.inputs()] == [pytest.approx(0.1), [0, 0], [0] * 4, [0] * 4]
     a.grad = torch.ones(2)
     optimiser.step()
-    taken, _, first, second, *_ = step.inputs()  # b has no state: nobody has moved it
-    assert taken == 1 and first[0] == pytest.approx(0.1) and not second.any() and b not in optimiser.state
+    _, taken, first, _ = step.inputs()  # b has no state: nobody has moved it
+    assert taken.tolist() == [1, 0] and first.tolist() == pytest.approx([0.1, 0.1, 0, 0]) and b not in optimiser.state
     b.grad = torch.ones(2)
     optimiser.step()
     step.inputs()
@@ -214,15 +252,23 @@ def test_adams_state_is_looked_up_at_each_step():
     for k in state["state"]:
         state["state"][k] = state["state"][k] | {"step": torch.tensor(50.0)}
     optimiser.load_state_dict(state)
-    inputs = step.inputs()
-    assert inputs[0] == 50
-    step.take([v + 1 for v in (a, b, *inputs[2:])])
+    _, taken, first, second = step.inputs()
+    assert taken.tolist() == [50, 50] and step.inputs()[2] is first
+    for written in (taken, first, second):  # as a graph does
+        written += 1
+    step.took()
     assert optimiser.state[a]["step"] == optimiser.state[b]["step"] == 51
-    assert torch.equal(optimiser.state[b]["exp_avg"], inputs[3])
+    assert torch.equal(optimiser.state[b]["exp_avg"], first[2:]) and torch.equal(optimiser.state[a]["exp_avg_sq"], second[:2])
+    before = first.clone()
+    optimiser.step()  # its own, on the same numbers
+    assert step.inputs()[2] is first and not torch.equal(first, before)
 
 
 def test_an_optimiser_that_is_not_plain_adam_takes_its_own_steps():
     p = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))]
+    mixed, turned = [p[0], nn.Parameter(torch.ones(2).double())], [p[0], nn.Parameter(torch.ones(2, 3).t())]
+    for odd in (mixed, turned):
+        assert AdamStep.of(torch.optim.Adam(odd, 0.1), odd, None) is None
     assert AdamStep.of(torch.optim.Adam(p, 0.1), p, None) is not None
     for other in (
         torch.optim.SGD(p, 0.1), torch.optim.AdamW(p, 0.1), torch.optim.Adam(p, 0.1, amsgrad=True), torch.optim.Adam(p[:1], 0.1),
@@ -238,7 +284,7 @@ def test_an_optimiser_that_is_not_plain_adam_takes_its_own_steps():
 def test_a_graph_whose_steps_are_not_the_optimisers_gives_its_gradients_alone(float64, monkeypatch):
     as_traced(monkeypatch)
     step = AdamStep.__call__
-    monkeypatch.setattr(AdamStep, "__call__", lambda self, *args: [1.1 * v for v in step(self, *args)])
+    monkeypatch.setattr(AdamStep, "__call__", lambda self, *args: (args[3], [1.1 * v for v in step(self, *args)[1]]))
     options = {"optimizer": lambda p: torch.optim.Adam(p, 0.01), "steps": 6}
     make = lambda: MAML(radon(), inner_steps=2, inner_lr=0.02)  # noqa: E731
     assert_same_training(trained(make, True, **options), trained(make, False, **options))
