@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from .large_products import has_door_in_c
+from .large_products import PRODUCT, has_door_in_c
 from .light_buffers import light_buffers
 from .overwriting import overwritten
 from .rewriting import rewritten
@@ -61,7 +61,8 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     copied = rewritten(module)
     # on a CPU what calls the kernels is compiled too, which was a fifth of a short step; of a long one it takes minutes to compile, and
     # operations without a door in C stay with Python
-    short = len(copied.graph.nodes) <= SHORT and not any(_is_pythons(node) for node in copied.graph.nodes)
+    pythons = [node for node in copied.graph.nodes if _is_pythons(node)]
+    short = len(copied.graph.nodes) <= SHORT and not pythons
     options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": not on_gpu and _memory(module) <= LITTLE}
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
 
@@ -258,7 +259,7 @@ def _memory(module: GraphModule) -> float:
 
 def _is_pythons(node: Node) -> bool:
     name = str(node.target)
-    if node.target == torch.ops.bayesmeta.product.default:
+    if node.target == PRODUCT:
         return not has_door_in_c()
     elsewhere = not name.startswith(("aten.", "prims.", "<built-in")) or "linalg" in name or "median" in name
     return node.op == "call_function" and (elsewhere or _is_random(node))

@@ -37,6 +37,7 @@ _library = torch.library.Library("bayesmeta", "FRAGMENT")
 _library.define("product(Tensor a, Tensor turned) -> Tensor")  # A Bᵀ
 _library.impl("product", _by_onednn, "CPU")
 _library.impl("product", lambda a, turned: a.new_empty(len(a), len(turned)), "Meta")
+PRODUCT = torch.ops.bayesmeta.product.default
 
 
 def multiply_by_onednn(node: Node) -> None:
@@ -46,7 +47,7 @@ def multiply_by_onednn(node: Node) -> None:
     *bias, a, b = node.args
     call = node.graph.call_function
     with node.graph.inserting_before(node):
-        made = call(torch.ops.bayesmeta.product.default, (a, call(aten.t.default, (b,))))
+        made = call(PRODUCT, (a, call(aten.t.default, (b,))))
         if bias:
             made = call(aten.add.Tensor, (made, bias[0]))
     node.replace_all_uses_with(made)
@@ -67,7 +68,10 @@ def _is_large(a: Any, b: Any) -> bool:
 
 @functools.cache
 def has_door_in_c() -> bool:
-    """Whether compiled code calls the product without Python in between; tells TorchInductor how when first asked."""
+    """Whether compiled code calls the product without Python in between; tells TorchInductor how when first asked.
+
+    To be asked before a graph with the product is compiled: the compiler remembers how it did an operation that it was told nothing of.
+    """
     try:
         from torch._inductor import ir, mkldnn_ir  # not before it is needed: it takes long to import
         from torch._inductor.lowering import register_lowering
@@ -88,7 +92,7 @@ def has_door_in_c() -> bool:
             call = Product(layout=result, inputs=[a, turned], constant_args=[None, "none", [-1], ""])
             return ir.TensorBox.create(finished(call))
 
-        register_lowering(torch.ops.bayesmeta.product, type_promotion_kind=None)(lower)
+        register_lowering(PRODUCT, type_promotion_kind=None)(lower)
     except (ImportError, AttributeError) as error:
         log.info("large products are called from Python: %s", error)
         return False

@@ -31,6 +31,7 @@ SOURCE = """
         return tensor_.get();
       }
       operator AtenTensorHandle() const { return get(); }
+      AtenTensorHandle release() { get(); return tensor_.release(); }
       void reset() { tensor_.reset(); }
       PlaceInPool view(int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t further) const {
         const auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_)) * further;

@@ -1,5 +1,8 @@
 """Large products by oneDNN: which ones, of matrices however they stand in memory, and without Python once they are compiled."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -56,3 +59,21 @@ def test_compiled_ones_are_called_from_c_with_matrices_as_they_stand():
     assert code.count("aoti_torch_cpu__linear_pointwise(") == 5 and "bayesmeta.product.default(" not in code and "ks0" not in code
     for one, wanted in zip(found, several(*(t.double() for t in (x, w, v, bias))), strict=True):
         torch.testing.assert_close(one.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_a_graph_that_stays_with_python_does_not_close_the_door_for_later_ones():
+    """In a new process: the compiler remembers how it did an operation at first."""
+    script = """
+import torch
+from torch._inductor.utils import run_and_get_code
+from bayesmeta.graphs import inductor, trace
+
+x, w = torch.randn(1500, 64), torch.randn(64, 48)
+for first in (lambda v: v.median(0).values, lambda v: v + 1):
+    graph = trace(lambda x, w: [first(x) @ w[:, 0], x @ w], [x, w])
+    found, codes = run_and_get_code(lambda: inductor(graph, [x, w])(x, w))
+    torch.testing.assert_close(found[1], x @ w)
+    assert codes and all("_linear_pointwise" in code for code in codes), codes
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
