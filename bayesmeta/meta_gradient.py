@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .adam import AdamStep
-from .compiling import Gradients, Graphs, StepCompiler
+from .agreement import Gradients
+from .compiling import Graphs, StepCompiler
 from .distributed import Ranks
 from .episodes import Episode
 from .learners.base import AbstractMetaLearner

@@ -18,8 +18,9 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from .adam import AdamStep
+from .agreement import Gradients
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from .compiling import Gradients, Graphs
+from .compiling import Graphs
 from .distributed import Ranks, ranks
 from .episodes import Episode
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
@@ -308,7 +309,7 @@ class _Run:
             )
         adam = self.gradient.compiler.adam
         if adam is not None and found.update is not None and not adam.agrees(found.update.new):
-            self.gradient.compiler.adam = None  # the graph's gradients are fine, its steps are not
+            self.gradient.compiler.tracer.adam = None  # the graph's gradients are fine, its steps are not
         return found.loss.item()
 
     def put(self, found: Gradients, clip: float | None) -> Tensor:

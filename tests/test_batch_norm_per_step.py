@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import bayesmeta as bm
-from bayesmeta import compiling
+from bayesmeta import traced_step
 from bayesmeta.batch_norm import MOMENTUM
 from bayesmeta.inner_loop import step_now
 from bayesmeta.networks import WeightNetwork
 from bayesmeta.sweep import Sweep
+from bayesmeta.traced_step import StepTracer
 from bayesmeta.training import predictive_nll
 
 from .test_batch_norm import WAYS, convolutional, network, padded
@@ -245,17 +246,17 @@ def test_a_traced_step_is_the_eager_one(make, monkeypatch):
 def test_a_swept_step_is_the_eager_one(name, monkeypatch):
     """One graph of all steps, which is handed the step's number."""
     graphs = as_traced(monkeypatch)
-    monkeypatch.setattr(compiling, "SWEPT_OPERATIONS", 0)
+    monkeypatch.setattr(traced_step, "SWEPT_OPERATIONS", 0)
     made = []
-    traced = compiling.StepCompiler._traced
-    monkeypatch.setattr(compiling.StepCompiler, "_traced", lambda *inputs: (made.append(traced(*inputs)), made[-1])[1])
+    traced = StepTracer.__call__
+    monkeypatch.setattr(StepTracer, "__call__", lambda *inputs: (made.append(traced(*inputs)), made[-1])[1])
     assert_same(trained(LEARNERS[name](model()), steps=4), trained(LEARNERS[name](model()), steps=4, compile=True))
     assert made and all(isinstance(step.module, Sweep) for step in made) and graphs
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_eager_one(monkeypatch):
-    monkeypatch.setattr(compiling, "SWEPT_OPERATIONS", 0)
+    monkeypatch.setattr(traced_step, "SWEPT_OPERATIONS", 0)
     make = lambda: LEARNERS["MAML"](model())  # noqa: E731
     assert_same(trained(make(), steps=4), trained(make(), steps=4, compile=True))
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import Episode, HierarchicalModel, Points, TrainingError, compiling, costs, meta_train, training
+from bayesmeta import Episode, HierarchicalModel, Points, TrainingError, compiling, costs, meta_train, traced_step, training
 from bayesmeta.adam import AdamStep
-from bayesmeta.compiling import StepCompiler, difference, disturbed, gradients_of
+from bayesmeta.agreement import difference, disturbed, gradients_of
+from bayesmeta.compiling import StepCompiler
 from bayesmeta.learners import (
     ABML,
     BMAML,
@@ -572,11 +573,11 @@ def compiler(mode="auto", **options):
 def test_at_a_kink_rounding_decides_and_is_no_reason_to_stay_eager(kink, float64):
     """A rectified unit at 0: compiled arithmetic that rounds otherwise is on its other side. Far from one the same gap is an error."""
     step, e = compiler(True)
-    mean, zero = lambda: step.model.params["mean"], torch.zeros(())
+    mean, zero = lambda: step.learner.model.params["mean"], torch.zeros(())
     at = float(mean().detach().sum()) - (not kink)
 
     def losses(data):
-        step.model.gradient_evaluations += 1
+        step.learner.model.gradient_evaluations += 1
         unit = (mean().sum() - at).relu()
         return data.query.counts * 0.1 + unit + mean().square().sum(), zero
 
@@ -584,22 +585,22 @@ def test_at_a_kink_rounding_decides_and_is_no_reason_to_stay_eager(kink, float64
         last_digit = 1 + 4 * torch.finfo(torch.float64).eps
 
         def run(*values):
-            values = [v * last_digit if any(v is own for own in step._state) else v for v in values]
+            values = [v * last_digit if any(v is own for own in step.tracer.state) else v for v in values]
             losses, loss, facts, gradient = module(*values)
             return [losses, loss, facts, gradient if kink else gradient - 0.1]
 
         return run
 
-    step.losses, step.backend = losses, backend
+    step.tracer.losses, step.backend = losses, backend
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        before, counted = mean().detach().clone(), step.model.gradient_evaluations
+        before, counted = mean().detach().clone(), step.learner.model.gradient_evaluations
         found = [step(e, 100) for _ in range(2)]
     assert torch.equal(mean().detach(), before)
     if kink:
         eager = gradients_of(losses, step.parameters, 4, e)
         assert step.why_eager is None and not told
-        assert step.model.gradient_evaluations == counted + len(found) + 1  # the last line's; not the eager ones at other parameters
+        assert step.learner.model.gradient_evaluations == counted + len(found) + 1  # and not the eager ones at other parameters
         assert difference(found[0], eager) > 0.1  # so it was the kink that was forgiven
     else:
         assert "differ from the eager one's by" in step.why_eager and found[1] is None
@@ -612,7 +613,7 @@ def test_parameters_are_put_back_where_an_eager_step_beside_them_fails(float64):
     def losses(data):
         raise ValueError("not here")
 
-    wanted, step.losses = gradients_of(step.losses, step.parameters, 4, e), losses
+    wanted, step.tracer.losses = gradients_of(step.tracer.losses, step.parameters, 4, e), losses
     with pytest.raises(ValueError, match="not here"):
         step._is_unsteady(e, step.generator.get_state(), wanted, 1e-8, 1.0)
     assert all(torch.equal(p, value) for p, value in zip(step.parameters, before, strict=True))
@@ -622,7 +623,7 @@ def test_short_runs_are_never_traced(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("traced")
 
-    monkeypatch.setattr(compiling, "trace", never)
+    monkeypatch.setattr(traced_step, "trace", never)
     assert meta_train(MAML(radon(), inner_lr=0.02), episode(), steps=60).steps == 60
 
 
@@ -711,7 +712,7 @@ def test_another_mode_is_explained(mode):
 
 def test_difference_is_a_share_of_each_tensors_size(float64):
     auto, e = compiler()
-    wanted = gradients_of(auto.losses, auto.parameters, 4, e)
+    wanted = gradients_of(auto.tracer.losses, auto.parameters, 4, e)
     assert difference(wanted, wanted) == 0
     for i, g in enumerate(wanted.gradients):
         found = list(wanted.gradients)

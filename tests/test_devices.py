@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils import stateless
 
 from bayesmeta import Episode, HierarchicalModel, compiling, evaluate, meta_train, tasks
+from bayesmeta.agreement import difference, gradients_of
 from bayesmeta.compiled import Compiled
-from bayesmeta.compiling import difference, gradients_of
 from bayesmeta.graphs import Recorded, draw_noise_outside, obstacle, trace
 from bayesmeta.learners import ABML, MAML, NUTS, BayesianBlackBox, ProtoNet
 from bayesmeta.likelihoods import Categorical, Gaussian

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesmeta import AbstractMetaLearner, HierarchicalModel, compiling
+from bayesmeta import AbstractMetaLearner, HierarchicalModel, traced_step
 from bayesmeta.inner_loop import NotOneLoop, after, before, once, repeat
 from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, Ensemble, Reptile
 from bayesmeta.learners.objectives import mean_nll
@@ -48,7 +48,7 @@ LEARNERS = {
 @pytest.fixture(autouse=True)
 def _always_swept(monkeypatch):
     """However few operations it spares."""
-    monkeypatch.setattr(compiling, "SWEPT_OPERATIONS", 0)
+    monkeypatch.setattr(traced_step, "SWEPT_OPERATIONS", 0)
 
 
 def gradient(learner, episode, mode):
