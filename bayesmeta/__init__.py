@@ -15,6 +15,7 @@ from .episodes import Episode, Points
 from .evaluation import evaluate
 from .full_bayes import sample_theta
 from .learners.base import AbstractAdapter, AbstractMetaLearner
+from .meta_gradient import TrainingError
 from .model import HierarchicalModel
 from .posteriors import FunctionPosterior, MixturePosterior, Particles, TaskPosterior, TemperedPosterior
 from .predictive import Predictive
@@ -22,7 +23,8 @@ from .report import Report
 from .robustness import out_of_episode, under_shift
 from .survey import ModelError
 from .tasks import TaskFamily
-from .training import History, TrainingError, meta_train
+from .training import meta_train
+from .training_run import History
 
 __all__ = [
     "AbstractAdapter",

@@ -11,9 +11,9 @@ from pathlib import Path
 from . import __version__
 from .comparison import compare, is_csv
 from .learners.base import checked_choice
+from .meta_gradient import TrainingError
 from .recipes import FAMILIES
 from .tasks import Panel
-from .training import TrainingError
 
 EXAMPLES = """\
 families:

@@ -16,10 +16,12 @@ import torch
 
 from .evaluation import DEFAULT_TASKS, evaluate
 from .learners.base import AbstractAdapter, AbstractMetaLearner, checked_choice, checked_steps
+from .meta_gradient import TrainingError
 from .recipes import FAMILIES, RECIPES, Recipe, panel_recipe
 from .report import Report
 from .tasks import Panel
-from .training import History, TrainingError, meta_train
+from .training import meta_train
+from .training_run import History
 
 
 def compare(

@@ -53,9 +53,11 @@ MAY_IMPORT = {
     "compiled": {"episodes", "graphs", "learners.base", "posteriors", "randomness"},
     "distributed": set(),
     "meta_gradient": {"adam", "agreement", "compiling", "distributed", "episodes", "learners.base"},
+    "training_run": {
+        "agreement", "checkpoints", "distributed", "episodes", "learners.base", "meta_gradient", "metrics", "plots", "randomness",
+    },
     "training": {
-        "adam", "agreement", "checkpoints", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "metrics", "plots",
-        "randomness", "tasks.base",
+        "adam", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "randomness", "tasks.base", "training_run",
     },
     "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
     "evaluation": {
@@ -65,8 +67,8 @@ MAY_IMPORT = {
     "robustness": {"evaluation", "learners.base", "metrics", "tasks"},
     "image_networks": set(),
     "recipes": {"episodes", "image_networks", "learners", "likelihoods", "model", "networks", "tasks"},
-    "comparison": {"evaluation", "learners.base", "recipes", "report", "tasks", "training"},
-    "cli": {"comparison", "learners.base", "recipes", "survey", "tasks", "training", "__version__"},
+    "comparison": {"evaluation", "learners.base", "meta_gradient", "recipes", "report", "tasks", "training", "training_run"},
+    "cli": {"comparison", "learners.base", "meta_gradient", "recipes", "survey", "tasks", "training", "__version__"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {

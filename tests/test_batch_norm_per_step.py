@@ -14,7 +14,7 @@ from bayesmeta.inner_loop import step_now
 from bayesmeta.networks import WeightNetwork
 from bayesmeta.sweep import Sweep
 from bayesmeta.traced_step import StepTracer
-from bayesmeta.training import predictive_nll
+from bayesmeta.training_run import predictive_nll
 
 from .test_batch_norm import WAYS, convolutional, network, padded
 from .test_batch_norm import episode as images

@@ -21,7 +21,7 @@ from bayesmeta.learners import ABML, MAML, NUTS, CompletePooling, Exact
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import WeightNetwork
 from bayesmeta.posteriors import TaskPosterior, delta
-from bayesmeta.training import History, predictive_nll
+from bayesmeta.training_run import History, predictive_nll
 
 from .conftest import episode, hyper_program, linear_program, positive_program, radon_program, ragged
 

@@ -10,7 +10,7 @@ from bayesmeta.distributed import Ranks
 from bayesmeta.meta_gradient import MetaGradient
 from bayesmeta.networks import NormalPrior, WeightNetwork
 from bayesmeta.recipes import hierarchical_regression
-from bayesmeta.training import _Run
+from bayesmeta.training_run import TrainingRun
 
 from . import workloads
 from .workloads import Contender, Workload
@@ -66,7 +66,7 @@ def _contender(w: Workload, mode: bool, autocast: torch.dtype | None = None) -> 
 
 def training(
     w: Workload, mode: bool, autocast: torch.dtype | None = None, *, with_adam: bool = True
-) -> tuple[_Run, Callable[[], float]]:
+) -> tuple[TrainingRun, Callable[[], float]]:
     """The state of a run as `meta_train` has it, and its step. ``with_adam``: whether a compiled graph may hold the optimiser's step."""
     made, episode, generator = learner(w), workloads.episode(w), torch.Generator().manual_seed(0)
     parameters = made.trained_parameters()
@@ -75,6 +75,6 @@ def training(
     # convolutions one task at a time: what belongs to a task then stays in the processor's cache
     chunk = 1 if mode and w.kind == "omniglot" and episode.support.x.device.type == "cpu" else None
     gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam, autocast=autocast, task_chunk=chunk)
-    run = _Run(made, parameters, optimiser, None, generator, gradient, Ranks())
+    run = TrainingRun(made, parameters, optimiser, None, generator, gradient, Ranks())
 
     return run, lambda: run.step(episode, None, 1)

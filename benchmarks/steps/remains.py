@@ -35,7 +35,7 @@ def remains(w: Workload) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _measured(run: ours._Run, step: Callable[[], float]) -> tuple[float, float, float]:
+def _measured(run: ours.TrainingRun, step: Callable[[], float]) -> tuple[float, float, float]:
     """Medians of the whole step, of its graph, chunk after chunk, and the products' part of that, NaN of a sweep."""
     for _ in range(5):  # the first one compiles
         step()

@@ -11,7 +11,7 @@ from bayesmeta.learners import LLAMA, MAML, Reptile
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import WeightNetwork
 from bayesmeta.tasks import Sinusoid
-from bayesmeta.training import predictive_nll
+from bayesmeta.training_run import predictive_nll
 
 from ..conftest import episode, ragged
 from .closed_forms import design, maml, theta
