@@ -7,6 +7,7 @@ axis is dropped, so that y is ``(T, N)``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -125,6 +126,17 @@ class NegativeBinomial(nn.Module):
         """``(*S, T, N, 1)`` and log exposure ``(T, N)`` to a negative binomial with batch ``(*S, T, N)``."""
         logits = _one(output, "NegativeBinomial") + log_exposure - self.log_concentration
         return dist.NegativeBinomial(self.log_concentration.exp(), logits=logits)
+
+
+def point_divergence(here: Any, there: Any) -> Tensor:
+    """KL(here ‖ there) of the distributions of one point's y. Raises ValueError where their family has none in closed form."""
+    try:
+        return torch.distributions.kl_divergence(here, there)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the likelihood {type(here).__name__} has no Kullback–Leibler divergence in closed form, so no Gauss–Newton curvature: "
+            "take hessian='exact'"
+        ) from error
 
 
 def _log_parameter(name: str, value: float, learn: bool) -> nn.Parameter:

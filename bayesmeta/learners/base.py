@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..episodes import Episode, Points
-from ..model import HierarchicalModel, announce, refuse_unread
+from ..model import HierarchicalModel
+from ..parameters import announce
 from ..posteriors import MixturePosterior, Posterior, TaskPosterior
+from ..program_module import refuse_unread
 from ..randomness import rng
 
 

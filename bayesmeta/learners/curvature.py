@@ -31,7 +31,8 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import pad
 
 from ..episodes import Points
-from ..model import HierarchicalModel, point_divergence
+from ..likelihoods import point_divergence
+from ..model import HierarchicalModel
 from ..network_program import NetworkProgram
 from ..networks import AbstractNetwork, HeadNetwork, WeightNetwork
 from ..packing import peel
