@@ -2,9 +2,10 @@
 
 from bayesmeta.tasks.base import TaskFamily
 from bayesmeta.tasks.circles import Circles
-from bayesmeta.tasks.few_shot import AbstractFewShot, Detection, FewShot
+from bayesmeta.tasks.few_shot import FewShot
 from bayesmeta.tasks.gaussian_process import GaussianProcess
 from bayesmeta.tasks.glyphs import Glyphs
+from bayesmeta.tasks.image_tasks import AbstractFewShot, Detection
 from bayesmeta.tasks.linear_gaussian import LinearGaussian
 from bayesmeta.tasks.omniglot import Omniglot
 from bayesmeta.tasks.panel import Panel

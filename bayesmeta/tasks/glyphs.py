@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bayesmeta.randomness import rng
-from bayesmeta.tasks.few_shot import AbstractFewShot, FewShotOptions, Splits
+from bayesmeta.tasks.image_tasks import AbstractFewShot, FewShotOptions
 from bayesmeta.tasks.images import ImageSet
-from bayesmeta.tasks.splits import by_fractions, by_names, checked_fractions
+from bayesmeta.tasks.splits import Splits, by_fractions, by_names, checked_fractions
 
 STYLES = {
     "DejaVuSans": ("", "-Bold", "-Oblique", "-BoldOblique"), "DejaVuSansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),

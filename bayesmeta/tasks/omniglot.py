@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from bayesmeta.tasks.base import Size
-from bayesmeta.tasks.few_shot import AbstractFewShot, FewShotOptions, Splits
+from bayesmeta.tasks.image_tasks import AbstractFewShot, FewShotOptions
 from bayesmeta.tasks.images import ImageSet, load_npz, opened, resized
-from bayesmeta.tasks.splits import NONE, SPLITS, by_fractions, by_names, checked_fractions
+from bayesmeta.tasks.splits import NONE, SPLITS, Splits, by_fractions, by_names, checked_fractions
 
 VARIABLE = "BAYESMETA_DATA"
 PARTS = ("images_background", "images_evaluation")

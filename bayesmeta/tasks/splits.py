@@ -11,6 +11,8 @@ from bayesmeta.tasks.tables import did_you_mean
 
 SPLITS = ("train", "val", "test")
 NONE = -1  # of no split
+# Three fractions, or lists of names (or of groups) by split.
+Splits = tuple[float, float, float] | Mapping[str, Iterable[object]]
 
 
 def checked_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:

@@ -61,7 +61,7 @@ def test_images_are_the_same_for_the_same_seed_and_of_every_typeface_in_turn():
     assert torch.equal(Glyphs(ways=3).images("LATIN SMALL LETTER G"), first)
     assert not torch.equal(Glyphs(seed=1).images("LATIN SMALL LETTER G"), first)
     assert first.shape == (20, 1, 28, 28) and len({bytes(image.numpy()) for image in first}) == 20
-    sources = Glyphs()._sources[:20]  # of the first letter, which has all 16
+    sources = Glyphs()._by_class.sources[:20]  # of the first letter, which has all 16
     assert sorted(sources[:16].tolist()) == list(range(16)) and torch.equal(sources[16:], sources[:4])
     assert Glyphs(instances=40, size=20).images("LATIN SMALL LETTER G").shape == (40, 1, 20, 20)
 
@@ -85,7 +85,8 @@ def test_sources_are_typefaces():
     capitals = [f"LATIN CAPITAL LETTER {letter}" for letter in "ABCDEFGH"]
     tasks = Glyphs(splits={"train": capitals}, shots=3, test_shots=4, instances=32)
     support, query = tasks.across_sources(range(12), range(12, 16)).sample(20, generator=seeded())  # DejaVu, then STIX
-    known = {bytes(image.numpy()): face for image, face in zip(tasks._images, tasks._sources.tolist(), strict=True)}
+    held = tasks._by_class
+    known = {bytes(image.numpy()): face for image, face in zip(held.images, held.sources.tolist(), strict=True)}
     for points, faces in ((support, set(range(12))), (query, set(range(12, 16)))):
         pixels = (points.x * 255).round().to(torch.uint8).flatten(0, 1)
         assert {known[bytes(image.numpy())] for image in pixels} == faces
