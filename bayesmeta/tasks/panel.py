@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib import resources
 from typing import Any, Literal, TypedDict, Unpack, final
 
@@ -17,34 +16,10 @@ from torch import Tensor
 from bayesmeta.episodes import Episode, Points
 from bayesmeta.randomness import rng
 from bayesmeta.tasks.base import check_request, check_size, choose_tasks
+from bayesmeta.tasks.grouped_rows import by_group, within
+from bayesmeta.tasks.scaling import Scaling, Standardizer, standardizer_of
 from bayesmeta.tasks.splits import SPLITS, by_fractions, checked_fractions, index_of
 from bayesmeta.tasks.tables import Rows, did_you_mean, read_csv, read_frame, rows_of_arrays, rows_of_table
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Standardizer:
-    """z = (v − mean) / sd along the last axis of v; ``mean`` and ``sd`` are ``(F,)``, or ``()`` for a target."""
-
-    mean: Tensor
-    sd: Tensor
-
-    def forward(self, values: Tensor) -> Tensor:
-        """From original units."""
-        return (values - self.mean) / self.sd
-
-    def inverse(self, values: Tensor) -> Tensor:
-        """Back to original units."""
-        return values * self.sd + self.mean
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """The standardisation of a panel's features ``x`` and of its target ``y``."""
-
-    x: Standardizer
-    y: Standardizer
 
 
 class PanelOptions(TypedDict, total=False):
@@ -123,20 +98,24 @@ class Panel:
             raise ValueError(
                 f"{rows.where(row)}, column {rows.target_name!r}: expected a whole number, got {rows.y[row]}"
             )
-        self._names, x, y, self._counts, self._num_missing, self._left_out = _padded(rows, complete)
-        self._split_of = by_fractions(len(self._counts), fractions, seed)
-        training = _mask(self._counts, x.shape[1]) & (self._split_of == 0)[:, None]
+        groups = by_group(rows, complete)
+        x, y = groups.x, groups.y
+        self._split_of = by_fractions(len(groups.counts), fractions, seed)
+        training = groups.mask & (self._split_of == 0)[:, None]
         if not isinstance(standardize, bool):
             raise TypeError(f"standardize: expected True or False, got {standardize!r} (counts and classes are never scaled)")
         if standardize and not training.any():
-            raise ValueError(f"standardize: no groups to train on among {len(self._counts)} at fractions={fractions}")
-        x_scale = _standardizer(
+            raise ValueError(f"standardize: no groups to train on among {len(groups.counts)} at fractions={fractions}")
+        x_scale = standardizer_of(
             x[training], [standardize] * (x.shape[2] - rows.has_exposure) + [False] * rows.has_exposure
         )
-        y_scale = _standardizer(y[training][:, None], [standardize and target_type == "float"])
+        y_scale = standardizer_of(y[training][:, None], [standardize and target_type == "float"])
         dtype = dtype or torch.get_default_dtype()
-        self._x = x_scale.forward(x).to(dtype)
-        self._y = y_scale.forward(y[..., None])[..., 0].to(dtype if target_type == "float" else torch.int64)
+        self._groups = replace(
+            groups,
+            x=x_scale.forward(x).to(dtype),
+            y=y_scale.forward(y[..., None])[..., 0].to(dtype if target_type == "float" else torch.int64),
+        )
         self.scaling = Scaling(
             Standardizer(x_scale.mean.to(dtype), x_scale.sd.to(dtype)),
             Standardizer(y_scale.mean[0].to(dtype), y_scale.sd[0].to(dtype)),
@@ -246,28 +225,28 @@ class Panel:
     @property
     def num_tasks(self) -> int:
         """Number of groups with at least one complete row."""
-        return len(self._counts)
+        return len(self._groups.counts)
 
     @property
     def num_rows(self) -> int:
         """Number of complete rows."""
-        return int(self._counts.sum())
+        return int(self._groups.counts.sum())
 
     @property
     def num_rows_missing(self) -> int:
         """Rows left out because a value was missing. Those of a group without any complete row belong to no split."""
-        return int(self._num_missing.sum()) + sum(self._left_out)
+        return int(self._groups.num_missing.sum()) + sum(self._groups.left_out)
 
     @property
     def num_groups_missing(self) -> int:
         """Groups left out because none of their rows was complete; they belong to no split."""
-        return len(self._left_out)
+        return len(self._groups.left_out)
 
     @property
     def num_short(self) -> int:
         """Groups with too few rows for the full support (of ``(low, high)``: for ``high``), whose support is cut."""
-        wanted = self._wanted(self._counts)[1]
-        return int((wanted > self._most(self._counts)).sum())
+        wanted = self._wanted(self._groups.counts)[1]
+        return int((wanted > self._most(self._groups.counts)).sum())
 
     @property
     def target_scale(self) -> float:
@@ -276,15 +255,16 @@ class Panel:
 
     def task_names(self) -> list[str]:
         """The groups' names, in the order of `episodes`; where two are the same, the group's key is added."""
-        return list(self._names)
+        return list(self._groups.names)
 
     def rows(self, name: str) -> tuple[Tensor, Tensor]:
         """All rows of one group, x ``(n, F)`` and y ``(n,)``, in the episodes' units and the table's order."""
-        if name not in self._names:
-            raise ValueError(f"no group {name!r}{did_you_mean(name, self._names)}")
-        task = self._names.index(name)
-        count = int(self._counts[task])
-        return self._x[task, :count], self._y[task, :count]
+        groups = self._groups
+        if name not in groups.names:
+            raise ValueError(f"no group {name!r}{did_you_mean(name, groups.names)}")
+        task = groups.names.index(name)
+        count = int(groups.counts[task])
+        return groups.x[task, :count], groups.y[task, :count]
 
     def split(self, name: str) -> Panel:
         """The panel of the groups in one split, "train", "val" (or "validation") or "test"; the scaling stays the same.
@@ -301,11 +281,7 @@ class Panel:
             )
         part = copy.copy(self)
         part.part = name
-        part._names = [self._names[i] for i in index.tolist()]
-        part._counts, part._num_missing, part._left_out = self._counts[index], self._num_missing[index], []
-        part._split_of = self._split_of[index]
-        longest = int(part._counts.max())
-        part._x, part._y = self._x[index, :longest], self._y[index, :longest]
+        part._groups, part._split_of = self._groups.select(index), self._split_of[index]
         return part
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
@@ -325,7 +301,7 @@ class Panel:
 
     def summary(self) -> str:
         """What the panel holds, as text to read: groups, rows, short groups, rows left out, splits."""
-        counts = self._counts.double()
+        counts = self._groups.counts.double()
         if self.part is None:
             sizes = torch.bincount(self._split_of, minlength=3).tolist()
             splits = ", ".join(f"{name} {size}" for name, size in zip(SPLITS, sizes, strict=True)) + " groups"
@@ -362,18 +338,20 @@ class Panel:
         return (counts - self.min_query).clamp(min=0)
 
     def _episode(self, tasks: Tensor) -> Episode:
-        most = self._most(self._counts)
-        low, high = (torch.minimum(wanted, most) for wanted in self._wanted(self._counts))
-        support_width, query_width = int(high.max()), int((self._counts - low).max())
+        every = self._groups.counts
+        most = self._most(every)
+        low, high = (torch.minimum(wanted, most) for wanted in self._wanted(every))
+        support_width, query_width = int(high.max()), int((every - low).max())
         if self.max_query is not None:
             query_width = min(query_width, self.max_query)
 
-        counts = self._counts[tasks]
+        counts = every[tasks]
         low, high = self._wanted(counts)
         drawn = low + (torch.rand(len(tasks)) * (high - low + 1)).long()  # one of low .. high
         sizes = torch.minimum(drawn, most[tasks])
         # a random order of each group's rows, those of the padding last
-        order = torch.rand(len(tasks), self._x.shape[1]).masked_fill(~_mask(counts, self._x.shape[1]), 2.0).argsort(1)
+        longest = self._groups.x.shape[1]
+        order = torch.rand(len(tasks), longest).masked_fill(~within(counts, longest), 2.0).argsort(1)
         return Episode(
             self._points(tasks, order, torch.zeros_like(sizes), sizes, support_width),
             self._points(tasks, order, sizes, counts - sizes, query_width),
@@ -381,60 +359,8 @@ class Panel:
 
     def _points(self, tasks: Tensor, order: Tensor, start: Tensor, sizes: Tensor, width: int) -> Points:
         """The rows ``start .. start + sizes`` of each task in the given order, at most ``width``."""
-        mask = _mask(sizes, width)
+        mask = within(sizes, width)
         place = (start[:, None] + torch.arange(width)).clamp(max=order.shape[1] - 1)
         row = order.gather(1, place)
-        x, y = self._x[tasks[:, None], row], self._y[tasks[:, None], row]
+        x, y = self._groups.x[tasks[:, None], row], self._groups.y[tasks[:, None], row]
         return Points(x.masked_fill(~mask[..., None], 0), y.masked_fill(~mask, 0), mask)
-
-
-def _padded(rows: Rows, complete: np.ndarray) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor, list[int]]:
-    """Names, x ``(G, N, F)``, y ``(G, N)``, rows and missing rows of each group ``(G,)``; sizes of groups left out."""
-    found: dict[str, int] = {}
-    codes = np.array([found.setdefault(key, len(found)) for key in rows.group])
-    keys = list(found)
-    first = {code: row for row, code in reversed(list(enumerate(codes.tolist())))}
-    names = [rows.name[first[code]] or key for code, key in enumerate(keys)]
-    times = Counter(names)
-    names = [name if times[name] == 1 else f"{name} ({key})" for name, key in zip(names, keys, strict=True)]
-
-    counts = np.bincount(codes[complete], minlength=len(keys))
-    missing = np.bincount(codes[~complete], minlength=len(keys))
-    left = np.flatnonzero(counts)
-    if len(left) == 0:
-        raise ValueError(f"{rows.source}: expected complete rows, but every row lacks a value")
-    new = np.full(len(keys), -1)
-    new[left] = np.arange(len(left))
-
-    order = np.flatnonzero(complete)
-    order = order[np.argsort(codes[order], kind="stable")]
-    task = new[codes[order]]
-    counts = counts[left]
-    place = np.arange(len(order)) - (np.cumsum(counts) - counts)[task]
-    x = np.zeros((len(left), counts.max(), rows.x.shape[1]))
-    y = np.zeros((len(left), counts.max()))
-    x[task, place], y[task, place] = rows.x[order], rows.y[order]
-    names = [names[code] for code in left]
-    dropped = missing[new < 0].tolist()
-    return (
-        names,
-        torch.from_numpy(x),
-        torch.from_numpy(y),
-        torch.from_numpy(counts),
-        torch.from_numpy(missing[left]),
-        dropped,
-    )
-
-
-def _standardizer(values: Tensor, which: list[bool]) -> Standardizer:
-    """Mean and sd of the columns of ``values (R, F)``; 0 and 1 for those that are not to be standardised."""
-    chosen = torch.tensor(which, dtype=torch.bool)
-    if not chosen.any():
-        return Standardizer(values.new_zeros(len(which)), values.new_ones(len(which)))
-    constant = (values == values[0]).all(0)  # rounding gives it an sd of about 1e-17, not 0
-    sd = values.std(0, correction=0).masked_fill(constant | ~chosen, 1.0)
-    return Standardizer(values.mean(0).masked_fill(~chosen, 0.0), sd)
-
-
-def _mask(counts: Tensor, width: int) -> Tensor:
-    return torch.arange(width) < counts[:, None]
