@@ -68,9 +68,10 @@ MAY_IMPORT = {
         "adam", "compiling", "distributed", "episodes", "learners.base", "meta_gradient", "randomness", "tasks.base", "training_run",
     },
     "truth": {"episodes", "metrics", "posteriors", "predictive", "report.measures", "tasks.base"},
+    "shown_tasks": {"episodes", "learners.base", "posteriors", "report", "tasks.base", "truth"},
     "evaluation": {
-        "compiled", "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "tasks.base", "truth",
-        "__version__",
+        "compiled", "distributed", "episodes", "learners.base", "metrics", "posteriors", "predictive", "report", "shown_tasks",
+        "tasks.base", "truth", "__version__",
     },
     "robustness": {"evaluation", "learners.base", "metrics", "tasks"},
     "image_networks": set(),
