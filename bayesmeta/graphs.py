@@ -19,10 +19,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from .large_products import PRODUCT, has_door_in_c
 from .light_buffers import light_buffers
-from .overwriting import overwritten
-from .rewriting import rewritten
+from .rewriting import PRODUCT, has_door_in_c, overwritten, rewritten
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

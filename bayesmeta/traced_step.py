@@ -24,8 +24,8 @@ from .agreement import Gradients, Losses, Update, gradients_of
 from .episodes import LARGEST_TARGET, Episode, Points
 from .graphs import Recorded, Run, draw_noise_outside, first_lines, is_random, trace
 from .learners.base import AbstractMetaLearner
-from .overwriting import overwrite
 from .randomness import rng
+from .rewriting import overwrite
 from .sweep import Place, Placed, Result, Sweep, sweep
 
 log = logging.getLogger(__name__)

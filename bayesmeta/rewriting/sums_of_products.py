@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graph_nodes import RESHAPES, SAME, TRANSPOSES, groups, order, shape, transposed_from
+from .nodes import RESHAPES, SAME, TRANSPOSES, groups, order, shape, transposed_from
 
 aten = torch.ops.aten
 DEEPEST = 60  # operations between a sum and a product that are looked through

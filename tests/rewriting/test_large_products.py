@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bayesmeta.graphs import inductor, trace
-from bayesmeta.large_products import has_door_in_c
 from bayesmeta.rewriting import rewritten
+from bayesmeta.rewriting.large_products import has_door_in_c
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 PRODUCT = torch.ops.bayesmeta.product.default

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from bayesmeta.graph_nodes import TRANSPOSES
 from bayesmeta.graphs import trace
-from bayesmeta.large_products import LARGE
 from bayesmeta.rewriting import rewritten
+from bayesmeta.rewriting.large_products import LARGE
+from bayesmeta.rewriting.nodes import TRANSPOSES
 
 PRODUCT = torch.ops.bayesmeta.product.default
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bayesmeta.graph_nodes import note_values, shape
 from bayesmeta.graphs import trace
-from bayesmeta.long_sums import CHUNK
 from bayesmeta.rewriting import rewritten
+from bayesmeta.rewriting.long_sums import CHUNK
+from bayesmeta.rewriting.nodes import note_values, shape
 
 SUM = torch.ops.aten.sum.dim_IntList
 FACTORS = {

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from bayesmeta import small_matrices
 from bayesmeta.graphs import trace
-from bayesmeta.rewriting import rewritten
+from bayesmeta.rewriting import rewritten, small_matrices
 
 aten = torch.ops.aten
 LIBRARY = ("linalg", "cholesky")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bayesmeta.graphs import Recorded, inductor, trace
-from bayesmeta.overwriting import give_back, overwrite, overwritten
 from bayesmeta.rewriting import rewritten
+from bayesmeta.rewriting.overwriting import give_back, overwrite, overwritten
 
 
 def step(a, b, rate):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .graph_nodes import SAME, is_tensor, shape
+from .nodes import SAME, is_tensor, shape
 
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList

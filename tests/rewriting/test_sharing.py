@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import relu
 
-from bayesmeta.graph_nodes import groups, note_values, shape
 from bayesmeta.graphs import trace
 from bayesmeta.rewriting import rewritten
-from bayesmeta.sharing import shared
+from bayesmeta.rewriting.nodes import groups, note_values, shape
+from bayesmeta.rewriting.sharing import shared
 
 aten = torch.ops.aten
 T, N, K, OUT = 7, 3, 4, 5  # tasks, points, inputs and outputs of a layer

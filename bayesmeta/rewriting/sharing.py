@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .graph_nodes import RESHAPES, SAME, TRANSPOSES, groups, is_tensor, order, shape, transposed_from
+from .nodes import RESHAPES, SAME, TRANSPOSES, groups, is_tensor, order, shape, transposed_from
 
 aten = torch.ops.aten
 Axes = frozenset[int]
@@ -33,7 +33,7 @@ MEANS = (aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default)
 def shared(module: GraphModule) -> GraphModule:
     """A copy of a graph in which what is the same along an axis is worked out once, its views reshapes: they hang on no memory.
 
-    Not for graphs in which something is written over in place (`graph_nodes.is_pure`).
+    Not for graphs in which something is written over in place (`nodes.is_pure`).
     """
     return _Thin(module).run()
 

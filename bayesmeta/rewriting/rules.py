@@ -24,9 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import small_matrices
-from .graph_nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .large_products import multiply_by_onednn
 from .long_sums import shorten_sums
+from .nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .overwriting import give_back, overwrite
 from .sharing import shared
 from .sums_of_products import add_up_within_products
