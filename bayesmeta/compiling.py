@@ -95,6 +95,8 @@ class StepCompiler:
         """The step's losses and gradients, all finite; None where the step is eager's to take. ``remaining``: steps to come, with this."""
         if self.why_eager is not None:
             return None
+        if self.adam is not None and not self.adam.applies():
+            self.tracer.adam = None  # from now on graphs give gradients, and the optimiser takes its own steps
         full = self._whole(episode)
         if self.tracer.on_gpu:  # only now: whether there is padding was seen without waiting for the GPU
             episode = episode.to(self.tracer.state[0].device)
@@ -196,6 +198,17 @@ class StepCompiler:
             costs.note_on_disk(step.graphs)
         log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
 
+    def _go_back(self, step: TracedStep, episode: Episode) -> None:
+        """To the traced step, if it can be had: this one is taken already, and must not fail any more."""
+        try:
+            run = self.tracer.uncompiled(step, episode)
+        except Exception as error:  # a GPU's memory may be full
+            log.info("%s: compiled it is no faster, and stays: %s", type(self.learner).__name__, first_lines(error))
+            return
+        log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
+        step.run, step.compiled, self.can_compile = run, False, False
+        step.seconds.clear()
+
     def _pays(self, seconds: deque[float], to_come: float, cost: Callable[[float], float]) -> bool:
         """Whether steps of ``seconds`` each so far, ``to_come`` of them, save clearly more than it costs to make them faster."""
         if len(seconds) < WARM_UP:
@@ -216,9 +229,7 @@ class StepCompiler:
         elif timed:
             step.seconds.append(self.clock() - start)
             if step.compiled and len(step.seconds) == WARM_UP and statistics.median(step.seconds) > step.before:
-                log.info("%s: compiled it is no faster; back to the traced step", type(self.learner).__name__)
-                step.run, step.compiled, self.can_compile = self.tracer.uncompiled(step, episode), False, False
-                step.seconds.clear()
+                self._go_back(step, episode)
         # a module's own way of setting it takes as long as hashing the key
         vars(self.learner.model)["gradient_evaluations"] += step.evaluations
         return found

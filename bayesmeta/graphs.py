@@ -61,7 +61,9 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     # operations without a door in C stay with Python
     pythons = [node for node in copied.graph.nodes if _is_pythons(node)]
     short = len(copied.graph.nodes) <= SHORT and not pythons
-    options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": not on_gpu and _memory(module) <= LITTLE}
+    planned = not on_gpu and _memory(module) <= LITTLE
+    # the plan takes no account of a part of a result in whose place another one is put
+    options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": planned, "inplace_buffers": not planned}
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
 
     # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process

@@ -7,12 +7,18 @@ an address. Of a step of 60 µs, in one kernel with a hundred results, making th
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.compiler import config as compiler_config
+
 log = logging.getLogger(__name__)
+ONE_AT_A_TIME = threading.RLock()
 SOURCE = """
     class PlaceInPool {
      public:
@@ -70,7 +76,7 @@ def _wrapper() -> Any:
         return None
 
     class Wrapper(CppWrapperCpu):
-        results: frozenset[tuple[Any, Any]] = frozenset()  # pools and places of the graph's: these become tensors, and outlive their pool
+        results: frozenset[tuple[Any, Any]] = frozenset()  # pools and places of the graph's: these are tensors from the start
 
         @staticmethod
         def create(is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None) -> Any:
@@ -85,6 +91,10 @@ def _wrapper() -> Any:
             given = [line.group.allocation for line in self.lines if isinstance(line, AllocFromPoolLine) and line.group.is_output]
             self.results = frozenset((place.pool.name, place.offset) for place in given if place and place.pool)
 
+        def make_free_by_names(self, names_to_del: list[str]) -> Any:
+            # a pool stays to the end: what was made of a part of it may still be a result
+            return super().make_free_by_names([name for name in names_to_del if not name.startswith("pool")])
+
         def codegen_alloc_from_pool(self, name: str, offset: Any, dtype: Any, shape: Any, stride: Any) -> Any:
             made, lines = super().codegen_alloc_from_pool(name, offset, dtype, shape, stride)
             if (name, offset) in self.results:
@@ -95,16 +105,26 @@ def _wrapper() -> Any:
     return Wrapper
 
 
+VERSION = "light buffers " + hashlib.sha256((SOURCE + inspect.getsource(_wrapper)).encode()).hexdigest()
+
+
 @contextmanager
 def light_buffers() -> Iterator[None]:
-    """Within it TorchInductor writes such code for CPUs, where a graph's memory is planned and its kernels are called from C++."""
+    """Within it TorchInductor writes such code for CPUs, where a graph's memory is planned and its kernels are called from C++.
+
+    One thread at a time. The compiler's disk cache keeps what is written so apart from all else.
+    """
     from torch._inductor.codegen import common
 
-    common.init_backend_registration()
-    codegen, wrapper = common.device_codegens["cpu"], _wrapper()
-    before = codegen.cpp_wrapper_codegen
-    codegen.cpp_wrapper_codegen = wrapper or before
-    try:
-        yield
-    finally:
-        codegen.cpp_wrapper_codegen = before
+    with ONE_AT_A_TIME:
+        common.init_backend_registration()
+        codegen, wrapper = common.device_codegens["cpu"], _wrapper()
+        if wrapper is None:
+            yield
+            return
+        before, codegen.cpp_wrapper_codegen = codegen.cpp_wrapper_codegen, wrapper
+        try:
+            with compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {VERSION}"):  # type: ignore[attr-defined]
+                yield
+        finally:
+            codegen.cpp_wrapper_codegen = before

@@ -110,11 +110,16 @@ class StepTracer:
         return inputs
 
     def run(self, step: TracedStep, episode: Episode) -> Gradients | None:
-        """What a step gives; None where the data are not fine, or what came out is not finite. Nothing is written over then."""
+        """What a step gives; None where the data are not fine, or what came out is not finite, or the optimiser's state is not whole.
+
+        Nothing is written over then.
+        """
         with torch.no_grad(), rng(self.generator) if step.random else NOTHING:
             inputs = self.inputs(step, episode)
             if step.unchecked:
                 _shield(step, inputs)
+            elif step.written and self.adam is not None and not self.adam.whole:
+                return None
             losses, loss, facts, *tensors = step.run(*inputs)
         value, fine = facts.tolist()
         if not fine:

@@ -59,7 +59,8 @@ def meta_train(
 
     ``compile``: "auto" (default) compiles the step (see `bayesmeta.compiling`) where the steps to come save clearly more time than that
     takes (10–40 s), so that short runs never wait; True does so at once, False never. A compiled step equals the eager one to rounding,
-    not to the bit: only compile=False gives the same bits whatever the load. What cannot be compiled is trained eagerly, with a
+    not to the bit: only compile=False gives the same bits whatever the load. A gradient that the graph has used up itself is not told:
+    parameters' ``.grad`` is None then. What cannot be compiled is trained eagerly, with a
     RuntimeWarning that says why. The next call on the same learner takes up its graphs where numbers, words and flags
     among the attributes of its modules are as they were, held to eager for two steps; after changing what a program reads from anywhere
     else (a global, a closure) train a copy (`copy.deepcopy`), which has none.

@@ -87,6 +87,8 @@ class TrainingRun:
         adam = self.gradient.compiler.adam
         if adam is not None and found.update is not None and not found.update.new:
             adam.took()
+            if self.parameters[0].grad is not None:  # an earlier step's
+                self.optimiser.zero_grad()
             loss = found.update.loss
         else:
             loss = self.move(found, clip, number)
@@ -116,8 +118,10 @@ class TrainingRun:
                 f"step {number}: the step is not finite; parameters are at their last finite value. Lower the learning rate"
             )
         adam = self.gradient.compiler.adam
-        if adam is not None and found.update is not None and not adam.agrees(found.update.new):
-            self.gradient.compiler.tracer.adam = None  # the graph's gradients are fine, its steps are not
+        if adam is not None:
+            adam.moved()
+            if found.update is not None and not adam.agrees(found.update.new, self.last):
+                self.gradient.compiler.tracer.adam = None  # the graph's gradients are fine, its steps are not
         return found.loss.item()
 
     def put(self, found: Gradients, clip: float | None) -> Tensor:

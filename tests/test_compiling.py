@@ -237,6 +237,119 @@ def test_a_step_on_bad_data_has_written_nothing(backend, float64, monkeypatch):
     torch.testing.assert_close([dict(learner.state_dict()), made[0].state_dict()], seen, rtol=0, atol=0)
 
 
+class Restarts(torch.optim.lr_scheduler.LRScheduler):
+    """Does something to the optimiser after each step."""
+
+    def __init__(self, optimizer, act):
+        self.act, self.number = act, -1
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch=None):
+        super().step()
+        self.number += 1
+        self.act(self.optimizer, self.number)
+
+
+def decay_later(optimiser, number):
+    if number == 5:
+        optimiser.param_groups[0].update(weight_decay=0.1, betas=(0.5, 0.9))
+
+
+def forget(optimiser, number):
+    if number in (5, 6, 11):
+        optimiser.state.clear()
+
+
+SCHEDULES = {
+    "momentum too": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=15, max_momentum=0.9, base_momentum=0.5),
+    "other settings later": lambda o: Restarts(o, decay_later),
+    "a state that is forgotten": lambda o: Restarts(o, forget),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_what_a_schedule_does_to_adam_is_followed(schedule, float64, monkeypatch):
+    as_traced(monkeypatch)
+    options = {"optimizer": lambda p: torch.optim.Adam(p, 0.01), "steps": 14, "schedule": schedule}
+    make = lambda: MAML(radon(), inner_steps=1, inner_lr=0.02)  # noqa: E731
+    assert_same_training(trained(make, True, **options), trained(make, False, **options), rtol=1e-9, atol=1e-11)
+
+
+def test_parameters_that_were_moved_less_often_have_steps_of_their_own(float64, monkeypatch):
+    """Batches of 3 tasks reach one parameter alone, those of 4 all."""
+    as_traced(monkeypatch)
+
+    class Partly(CompletePooling):
+        def meta_loss(self, episode, *, generator=None):
+            losses = super().meta_loss(episode, generator=generator)
+            if episode.support.num_tasks == 4:
+                return losses
+            return self.model.params["noise"] + 0.0 * losses.detach()
+
+    class Sizes(Tasks):
+        calls = 0
+
+        def sample(self, num_tasks, *, generator):
+            Sizes.calls += 1
+            return super().sample(3 if Sizes.calls in (2, 3, 8, 9) else 4, generator=generator)
+
+    options = {"optimizer": lambda p: torch.optim.Adam(p, 0.01), "steps": 16}
+    runs = []
+    for mode in (True, False):
+        Sizes.calls = 0
+        runs.append(trained(lambda: Partly(radon()), mode, Sizes(), **options))
+    assert_same_training(*runs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_graph_is_not_lent_to_an_adam_that_counts_in_another_type(float64):
+    learner, eager = (MAML(radon(), inner_steps=1, inner_lr=0.02) for _ in range(2))
+    states = []
+    for fused in (False, True, False):
+        made = []
+        options = {"optimizer": lambda p, fused=fused, made=made: made.append(torch.optim.Adam(p, 1e-3, fused=fused)) or made[-1]}
+        assert_same_training(run_again(learner, **options), run_again(eager, False, **options), rtol=1e-9, atol=1e-10)
+        states.append([s["step"].item() for s in made[0].state.values()])
+    assert states == [[5.0] * 2] * 3
+
+
+def test_a_way_back_that_fails_leaves_the_step_taken_once(float64, monkeypatch):
+    as_traced(monkeypatch)
+    made, tried = [], []
+
+    def full(*_):
+        tried.append(1)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(costs, "tracing", lambda seconds: 0.0)
+    monkeypatch.setattr(costs, "compiling", lambda graphs, seconds: 0.0)
+    compiled = compiling.StepCompiler._compile
+
+    def compile_then_break(self, step, episode):
+        compiled(self, step, episode)
+        step.before = 0.0  # no step is faster than that
+        monkeypatch.setattr(traced_step.StepTracer, "uncompiled", full)
+
+    monkeypatch.setattr(compiling.StepCompiler, "_compile", compile_then_break)
+    options = {"optimizer": lambda p: made.append(torch.optim.Adam(p, 0.01)) or made[-1], "steps": 40}
+    make = lambda: MAML(radon(), inner_steps=1, inner_lr=0.02)  # noqa: E731
+    assert_same_training(trained(make, "auto", **options), trained(make, False, **options), rtol=1e-9, atol=1e-11)
+    assert tried and {s["step"].item() for s in made[0].state.values()} == {40.0}
+
+
+def test_gradients_that_a_graph_has_used_up_are_not_told(float64, monkeypatch):
+    as_traced(monkeypatch)
+    learner = MAML(radon(), inner_steps=1, inner_lr=0.02)
+    told = []
+    run_again(
+        learner, optimizer=lambda p: torch.optim.Adam(p, 0.01),
+        schedule=lambda o: Restarts(o, lambda o, _: told.append({p.grad is None for p in learner.trained_parameters()})),
+    )  # fmt: skip
+    assert told[1:3] == [{False}] * 2 and told[4:] == [{True}] * 2
+
+
 def test_adams_state_is_looked_up_at_each_step():
     a, b = (nn.Parameter(torch.full((2,), v)) for v in (1.0, 2.0))
     optimiser = torch.optim.Adam([a, b], 0.1)

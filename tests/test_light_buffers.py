@@ -32,6 +32,30 @@ def test_the_numbers_are_the_same_and_stay():
     torch.testing.assert_close(list(first), copies, rtol=0, atol=0)
 
 
+def joined(x, w):
+    """Parts that are put together, multiplied, and go on by themselves."""
+    a = (x @ w).tanh()
+    b = (x @ a).sin()
+    both = torch.cat([a, b]) @ w
+    return [a + both[:3], b * both[3:], both.sum()]
+
+
+def stacked(x, w):
+    a = (x @ w) / 3
+    c = torch.bmm(a[None].expand(2, 3, 3), torch.stack([x.tanh(), a]))[1] / 3
+    return [torch.where(a > c, a, c).mT, c.sum()]
+
+
+@pytest.mark.parametrize("function", [joined, stacked])
+def test_parts_of_what_was_put_together_are_results_in_their_own_right(function):
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 3), torch.randn(3, 3)
+    run = inductor(trace(function, [x, w]), [x, w])
+    for _ in range(5):
+        x, w = torch.randn(3, 3), torch.randn(3, 3)
+        torch.testing.assert_close(list(run(x, w)), function(x, w))
+
+
 @pytest.mark.parametrize("size, light", [(50, True), (int(LITTLE**0.5), False)])
 def test_it_is_for_small_graphs(size, light, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

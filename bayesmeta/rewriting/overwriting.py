@@ -30,7 +30,10 @@ def overwritten(module: GraphModule) -> list[int]:
 
 
 def give_back(module: GraphModule) -> dict[int, int]:
-    """Undoes `overwrite`: what is written over inputs at the end becomes results; returns which of them goes where."""
+    """Undoes `overwrite`: what is written over inputs at the end becomes results; returns which of them goes where.
+
+    A program's own last writes over inputs are among them: nothing reads those any more.
+    """
     graph, output = module.graph, module.graph.output_node()
     places, writes = overwritten(module), _writes(module)
     results = list(output.args[0])  # type: ignore[arg-type]
