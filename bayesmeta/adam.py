@@ -31,7 +31,7 @@ class AdamStep:
         self._names = [name for name in group if name not in ("params", "lr", "initial_lr")]
         self._assumed = [group[name] for name in self._names]
         self.whole = False  # whether every parameter has a state, with the same number of steps, as `inputs` last found it
-        double = torch.get_default_dtype() == torch.float64 and not optimiser.param_groups[0].get("fused")
+        double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
         self._counts = torch.float64 if double else torch.float32  # the type of numbers of steps: torch.optim's, which a graph relies on
         self._rate: tuple[float, Tensor] | None = None  # the learning rate, and it on the parameters' device
         self._state: list[Tensor] = []  # the number of steps, once a parameter, m, and v
@@ -76,7 +76,7 @@ class AdamStep:
             none = torch.zeros((), dtype=self._counts, device=like.device)
             taken = torch.stack([s["step"].to(none) if s else none for s in state])
             moments = [
-                self._flat([s[name] if s else torch.zeros_like(p) for s, p in zip(state, self.parameters, strict=True)])
+                _flat([s[name] if s else torch.zeros_like(p) for s, p in zip(state, self.parameters, strict=True)])
                 for name in STATE[1:]
             ]
         return [self._rate[1], taken if taken.device == like.device else taken.to(like.device), *moments]
@@ -84,7 +84,7 @@ class AdamStep:
     @torch.no_grad()
     def _put_together(self, state: Sequence[dict[str, Tensor]]) -> None:
         """Makes what the optimiser knows of each parameter views of one vector."""
-        moments = [self._flat([s[name] for s in state]) for name in STATE[1:]]
+        moments = [_flat([s[name] for s in state]) for name in STATE[1:]]
         taken, *_ = self._state = [torch.stack([s["step"] for s in state]).to(self._counts), *moments]
         self._views = []
         for i, own in enumerate(zip(*(v.split(self.sizes) for v in moments), strict=True)):
@@ -92,9 +92,6 @@ class AdamStep:
             state[i].update(zip(STATE, views, strict=True))
             self._views += views
         self.whole = bool((taken == taken[0]).all())
-
-    def _flat(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([v.detach().reshape(-1) for v in values])
 
     def __call__(
         self, values: Sequence[Tensor], gradient: Tensor, norm: Tensor, fine: Tensor, inputs: Sequence[Tensor]
@@ -131,7 +128,7 @@ class AdamStep:
 
         To half of the digits: of θ's move, as far as θ's own digits tell it.
         """
-        state = [self._flat([self.optimiser.state[p][name] for p in self.parameters]) for name in STATE]
+        state = [_flat([self.optimiser.state[p][name] for p in self.parameters]) for name in STATE]
         start = [*before, *(torch.zeros_like(v) for v in state)]
         for found, wanted, was in zip(new, [*self.parameters, *state], start, strict=True):
             if wanted.numel():
@@ -140,6 +137,10 @@ class AdamStep:
                 if not bool((found - wanted.to(found)).abs().max() <= allowed):
                     return False
         return True
+
+
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([v.detach().reshape(-1) for v in values])
 
 
 def _exact(like: Tensor) -> torch.dtype:

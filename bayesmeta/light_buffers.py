@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.compiler import config as compiler_config
-
 log = logging.getLogger(__name__)
 ONE_AT_A_TIME = threading.RLock()
 SOURCE = """
@@ -105,7 +103,10 @@ def _wrapper() -> Any:
     return Wrapper
 
 
-VERSION = "light buffers " + hashlib.sha256((SOURCE + inspect.getsource(_wrapper)).encode()).hexdigest()
+@functools.cache
+def _version() -> str:
+    """Changes with what is written here."""
+    return "light buffers " + hashlib.sha256((SOURCE + inspect.getsource(_wrapper)).encode()).hexdigest()
 
 
 @contextmanager
@@ -115,6 +116,7 @@ def light_buffers() -> Iterator[None]:
     One thread at a time. The compiler's disk cache keeps what is written so apart from all else.
     """
     from torch._inductor.codegen import common
+    from torch.compiler import config
 
     with ONE_AT_A_TIME:
         common.init_backend_registration()
@@ -124,7 +126,7 @@ def light_buffers() -> Iterator[None]:
             return
         before, codegen.cpp_wrapper_codegen = codegen.cpp_wrapper_codegen, wrapper
         try:
-            with compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {VERSION}"):  # type: ignore[attr-defined]
+            with config.patch(cache_key_tag=f"{config.cache_key_tag} {_version()}"):  # type: ignore[attr-defined]
                 yield
         finally:
             codegen.cpp_wrapper_codegen = before

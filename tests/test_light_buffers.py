@@ -75,6 +75,24 @@ def test_the_compiler_is_as_it_was_afterwards():
     assert common.device_codegens["cpu"].cpp_wrapper_codegen is before
 
 
+def test_the_compilers_disk_cache_keeps_such_graphs_apart(monkeypatch, tmp_path):
+    """A graph that was written another way before, by an earlier version say, is written anew."""
+    import bayesmeta.light_buffers as module
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(9, 9)
+    graph = trace(lambda x: [(x.exp() / x.exp().sum(1, keepdim=True)).amax(0)], [x])
+
+    def light():
+        inductor(graph, [x])
+        return any("= PlaceInPool(" in path.read_text() for path in Path(tmp_path).rglob("*.cpp"))
+
+    with monkeypatch.context() as without:
+        without.setattr(module, "_wrapper", lambda: None)
+        assert not light()
+    assert light()
+
+
 def test_without_the_compilers_parts_tensors_are_made(monkeypatch):
     import bayesmeta.light_buffers as module
 
