@@ -1,7 +1,7 @@
 """Intermediate results of a compiled graph as addresses: a tensor object is made of one only where an operation asks for it.
 
 TorchInductor's C++ makes a tensor of every intermediate result, though most are read and written by its own fused kernels alone, which take
-an address. Of a step of 60 µs, in one kernel with a hundred results, making them and taking them down again was half.
+an address. Of a short step, in one kernel with a hundred results, making them and taking them down again is a good part.
 """
 
 from __future__ import annotations
