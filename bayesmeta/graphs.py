@@ -5,8 +5,11 @@ Pure tools: what a graph is of, and when it is worth the trouble, is for `compil
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from .light_buffers import light_buffers
-from .rewriting import PRODUCT, has_door_in_c, overwritten, rewritten
+from . import light_buffers
+from .rewriting import PRODUCT, overwritten, products, rewritten
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -36,6 +39,7 @@ WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse
     )
 )  # fmt: skip
 SHORT = 2000  # operations
+KEPT = 2**28  # bytes of freed memory that stay with the process
 LITTLE = 2**25  # bytes of all results together, up to which a graph takes its memory in one piece; larger pieces do not stay in the cache
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
@@ -55,6 +59,8 @@ def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Gr
 def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a graph with TorchInductor; what random operations are left in it draw as eager ones do. On a GPU it is `Recorded`."""
     on_gpu = any(v.is_cuda for v in inputs)
+    if not on_gpu:
+        keep_freed_memory()
     inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
     copied = rewritten(module)
     # on a CPU what calls the kernels is compiled too, which was a fifth of a short step; of a long one it takes minutes to compile, and
@@ -64,16 +70,30 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     planned = not on_gpu and _memory(module) <= LITTLE
     # the plan takes no account of a part of a result in whose place another one is put
     options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": planned, "inplace_buffers": not planned}
+    from torch.compiler import config
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
 
     # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     # of tensors as they are the compiler takes the sizes as unknown
     examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
-    with warnings.catch_warnings(), tracing(TracingContext(mode)), light_buffers():
+    written_here = f"{config.cache_key_tag} {light_buffers.version()} {products.version()}"
+    keys = config.patch(cache_key_tag=written_here)  # type: ignore[attr-defined]  # of its disk cache
+    with warnings.catch_warnings(), tracing(TracingContext(mode)), light_buffers.light_buffers(), keys:
         warnings.simplefilter("ignore")  # the compiler's remarks on itself
         run: Any = torch._inductor.compile(copied, examples, options=options)
     return Recorded(run, module, inputs) if on_gpu else run
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tells the C library, where it is GNU's, to keep up to 256 MiB of freed memory for the next step. Holds for the whole process.
+
+    Given back after each step, the same pages are faulted in again in the next, which was up to half of a step on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, KEPT)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, LITTLE)  # M_MMAP_THRESHOLD: what is larger is mapped on its own, and given back
 
 
 class Recorded:
@@ -259,9 +279,7 @@ def _memory(module: GraphModule) -> float:
 
 def _is_pythons(node: Node) -> bool:
     name = str(node.target)
-    if node.target == PRODUCT:
-        return not has_door_in_c()
-    elsewhere = not name.startswith(("aten.", "prims.", "<built-in")) or "linalg" in name or "median" in name
+    elsewhere = (node.target != PRODUCT and not name.startswith(("aten.", "prims.", "<built-in"))) or "linalg" in name or "median" in name
     return node.op == "call_function" and (elsewhere or _is_random(node))
 
 

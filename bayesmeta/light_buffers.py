@@ -103,9 +103,13 @@ def _wrapper() -> Any:
     return Wrapper
 
 
+def version() -> str:
+    """Changes with what is written here: the compiler's disk cache has to keep what was made of it apart. Empty where nothing is."""
+    return "" if _wrapper() is None else _hash()
+
+
 @functools.cache
-def _version() -> str:
-    """Changes with what is written here."""
+def _hash() -> str:
     return "light buffers " + hashlib.sha256((SOURCE + inspect.getsource(_wrapper)).encode()).hexdigest()
 
 
@@ -113,10 +117,9 @@ def _version() -> str:
 def light_buffers() -> Iterator[None]:
     """Within it TorchInductor writes such code for CPUs, where a graph's memory is planned and its kernels are called from C++.
 
-    One thread at a time. The compiler's disk cache keeps what is written so apart from all else.
+    One thread at a time.
     """
     from torch._inductor.codegen import common
-    from torch.compiler import config
 
     with ONE_AT_A_TIME:
         common.init_backend_registration()
@@ -126,7 +129,6 @@ def light_buffers() -> Iterator[None]:
             return
         before, codegen.cpp_wrapper_codegen = codegen.cpp_wrapper_codegen, wrapper
         try:
-            with config.patch(cache_key_tag=f"{config.cache_key_tag} {_version()}"):  # type: ignore[attr-defined]
-                yield
+            yield
         finally:
             codegen.cpp_wrapper_codegen = before

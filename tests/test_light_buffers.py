@@ -16,7 +16,7 @@ def parts(x, w):
     halves = torch.cat([hidden[:, :3].cumsum(1), hidden[:, 3:].exp()], 1)
     again = halves @ w.mT
     scale = again.var(0).sqrt()
-    return [(again / scale).sum(), scale, halves.mT[2], (halves.mT @ again).mT, again.argmax(1), again[1:, 2:]]
+    return [(again / scale).square().sum(), scale, halves.mT[2], (halves.mT @ again).mT, again.argmax(1), again[1:, 2:]]
 
 
 def test_the_numbers_are_the_same_and_stay():

@@ -3,15 +3,16 @@
     rules               in which order, and products turned the way in which they are wanted
     sharing             what is the same for all tasks is worked out once
     sums_of_products    sums over tasks taken within the product
-    large_products      by oneDNN
+    products            by code of our own
     long_sums           without what is constant in them, in two steps
     small_matrices      Cholesky's factors and solves of up to 3 × 3, written out
     overwriting         results that are put where inputs stand
     nodes               what is known of an operation of a graph
 """
 
-from .large_products import PRODUCT, has_door_in_c
+from . import products
 from .overwriting import overwrite, overwritten
+from .products import PRODUCT
 from .rules import rewritten
 
-__all__ = ["PRODUCT", "has_door_in_c", "overwrite", "overwritten", "rewritten"]
+__all__ = ["PRODUCT", "overwrite", "overwritten", "products", "rewritten"]

@@ -1,7 +1,7 @@
 """What is done to a graph of operations before TorchInductor compiles it: products of matrices, and factors of small ones, done faster.
 
     (A B)ᵀ  →  Bᵀ Aᵀ     a gradient in weights comes out transposed, and setting it right number by number took longer than the product
-    large float32 A B    oneDNN's on the CPU (`large_products`)
+    float32 A B          by code of our own on the CPU (`products`)
     a row, a column      number by number, which is fused with what is round it
     long sums            without what is constant in them, and in two steps (`long_sums`)
     axes put into one    their numbers kept in the order of the result (convolutions as products)
@@ -24,10 +24,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import small_matrices
-from .large_products import multiply_by_onednn
 from .long_sums import shorten_sums
 from .nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .overwriting import give_back, overwrite
+from .products import multiply_here
 from .sharing import shared
 from .sums_of_products import add_up_within_products
 
@@ -89,7 +89,7 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
             rule(node)
     note_values(whole, module)
     for node in list(graph.nodes):
-        multiply_by_onednn(node)
+        multiply_here(node)
     shorten_sums(graph)
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=aten.reshape.default):

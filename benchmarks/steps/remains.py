@@ -7,6 +7,7 @@ from time import perf_counter
 
 import torch
 
+from bayesmeta.graphs import inductor, trace
 from bayesmeta.rewriting import rewritten
 from bayesmeta.sweep import Sweep
 
@@ -15,6 +16,7 @@ from .workloads import Workload
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "product", "_linear_pointwise", "convolution", "convolution_backward", "mkldnn_convolution")
 ROUNDS, SECONDS = 200, 10.0  # at most
+A_TENSOR = object()  # stands for one among arguments
 
 
 def remains(w: Workload) -> dict[str, float]:
@@ -65,25 +67,51 @@ def _measured(run: ours.TrainingRun, step: Callable[[], float]) -> tuple[float, 
     graph = statistics.median(sum(inside[i * chunks : (i + 1) * chunks]) for i in range(rounds))
     if isinstance(traced.module, Sweep):
         return statistics.median(whole), graph, math.nan
-    products = _Products(rewritten(traced.module))
     with torch.no_grad():
-        products.run(*seen[-1])
-    return statistics.median(whole), graph, products.ms * chunks
+        operands = _Operands(rewritten(traced.module))
+        operands.run(*seen[-1])
+        return statistics.median(whole), graph, _products_ms(operands.found) * chunks
 
 
-class _Products(torch.fx.Interpreter):
-    """Runs a graph, and times its products one by one: calls from C++ leave no record. A single row or column is fused into kernels."""
+class _Operands(torch.fx.Interpreter):
+    """Runs a graph, and notes what its products are of. One with a single row or column is fused into kernels."""
 
-    ms = 0.0
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found = list[tuple[Callable[..., object], list[torch.Tensor], list[object]]]()
 
     def run_node(self, n: torch.fx.Node) -> object:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() > 1]
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        matrices = [a for a in tensors if a.dim() > 1]
         if str(n.target).split(".")[-2:][0] in PRODUCTS and min(min(m.shape[-2:]) for m in matrices) > 1:
-            times = []
-            for _ in range(15):
-                start = perf_counter()
-                n.target(*args, **kwargs)
-                times.append(1000 * (perf_counter() - start))
-            self.ms += statistics.median(times)
+            self.found.append((n.target, tensors, [A_TENSOR if isinstance(a, torch.Tensor) else a for a in args]))
         return super().run_node(n)
+
+
+def _products_ms(found: list[tuple[Callable[..., object], list[torch.Tensor], list[object]]]) -> float:
+    """Ms of the products alone, compiled as one graph, less those of a graph of the same inputs with none."""
+
+    def all_of_them(*given: torch.Tensor) -> list[object]:
+        rest, results = iter(given), []
+        for function, _, args in found:
+            made = function(*(next(rest) if a is A_TENSOR else a for a in args))
+            results += [r for r in made if r is not None] if isinstance(made, tuple | list) else [made]
+        return results
+
+    given = [tensor for _, tensors, _ in found for tensor in tensors]
+    if not given:
+        return 0.0
+    times = []
+    for function in (all_of_them, lambda *given: [given[0].sum()]):
+        run = inductor(trace(function, given), given)
+        run(*given)
+        rounds = list[float]()
+        for _ in range(ROUNDS):
+            start = perf_counter()
+            run(*given)
+            rounds.append(1000 * (perf_counter() - start))
+            if sum(rounds) > 1000 * SECONDS:
+                break
+        times.append(statistics.median(rounds))
+    return max(0.0, times[0] - times[1])

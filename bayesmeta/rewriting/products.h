@@ -1,0 +1,155 @@
+// Products of matrices of float32, one pair or many: C = A B, for sizes known to the compiler.
+//
+// A tile of C stands in the processor's vector registers, ROWS rows of VECS vectors: for each k it takes a row of B, of which the tile is as
+// wide, and the ROWS numbers of A's column k. A may stand in memory in any way. Of B the rows must stand in one piece; where they do not, a
+// block of them is first put in order.
+
+#ifndef BAYESMETA_PRODUCTS
+#define BAYESMETA_PRODUCTS
+
+namespace bayesmeta {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();                        // numbers in a vector
+constexpr int64_t REGISTERS = LANES == 8 ? 16 : 32;           // AVX2 has 16
+constexpr int64_t WIDEST = REGISTERS == 16 ? 2 : 3;           // vectors side by side in a tile
+constexpr int64_t BLOCK = 256;                                // how many k at a time, which stay in the first cache
+constexpr int64_t CHUNK_LEAST = 192;                          // rows that one thread takes at a time
+
+constexpr int64_t ceil_of(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// n in as few shares as can be, none above `most`: how large they are
+constexpr int64_t share(int64_t n, int64_t most) { return ceil_of(n, ceil_of(n, most)); }
+
+struct Matrix {
+  const float* at;
+  int64_t row, column;  // from a number to the next one below, to the right
+};
+
+// LAST: numbers in the last of the vectors. `further`: added to what stands in C.
+template <int64_t ROWS, int64_t VECS, int64_t LAST>
+__attribute__((noinline)) void tile(
+    const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further) {
+  Vec sum[ROWS][VECS];
+#pragma GCC unroll 32
+  for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < VECS; ++v)
+      sum[r][v] = further ? Vec::loadu(c + r * c_row + v * LANES, v + 1 < VECS ? LANES : LAST) : Vec(0);
+  for (int64_t k = 0; k < inner; ++k) {
+    Vec row[VECS];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < VECS; ++v) row[v] = Vec::loadu(b + k * b_row + v * LANES, v + 1 < VECS ? LANES : LAST);
+#pragma GCC unroll 32
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const Vec number(a[r * a_row + k * a_column]);
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < VECS; ++v) sum[r][v] = at::vec::fmadd(number, row[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < VECS; ++v) sum[r][v].store(c + r * c_row + v * LANES, v + 1 < VECS ? LANES : LAST);
+}
+
+// The rows of C from `first` to `last`, of the columns of one tile. REST: rows of the last tile of all, 0 where it is like the others.
+template <int64_t ROWS, int64_t REST, int64_t VECS, int64_t LAST>
+void stripe(int64_t first, int64_t last, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further) {
+  int64_t r = first;
+  for (; r + ROWS <= last; r += ROWS)
+    tile<ROWS, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further);
+  if constexpr (REST > 0)
+    if (r < last) tile<REST, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further);
+}
+
+// A block of LANES × LANES numbers, transposed: its rows shuffled like cards, one half into the other, until each has become a column.
+// Of a smaller one (WHOLE = false) there are `rows` rows of `numbers` numbers.
+template <bool WHOLE>
+void turn(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows = LANES, int64_t numbers = LANES) {
+  Vec row[LANES], next[LANES];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i)
+    row[i] = WHOLE ? Vec::loadu(from + i * from_row) : i < rows ? Vec::loadu(from + i * from_row, numbers) : Vec(0);
+#pragma GCC unroll 4
+  for (int64_t times = 1; times < LANES; times *= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < LANES / 2; ++i) std::tie(next[2 * i], next[2 * i + 1]) = at::vec::interleave2(row[i], row[i + LANES / 2]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i)
+    if (WHOLE || i < numbers) row[i].store(to + i * to_row);
+}
+
+// `inner` rows of `columns` numbers of B, one after the other; as wide as whole vectors
+inline void put_in_order(Matrix b, int64_t inner, int64_t columns, float* to, int64_t to_row) {
+  if (b.row == 1) {
+    const bool whole = inner >= LANES && columns >= LANES;
+    for (int64_t j = 0; j < columns; j += LANES)
+      for (int64_t k = 0; k < inner; k += LANES) {
+        const int64_t left = whole ? std::min(j, columns - LANES) : j, top = whole ? std::min(k, inner - LANES) : k;  // where it fits in
+        const float* from = b.at + left * b.column + top;
+        if (whole)
+          turn<true>(from, b.column, to + top * to_row + left, to_row);
+        else
+          turn<false>(from, b.column, to + top * to_row + left, to_row, std::min(LANES, columns - j), std::min(LANES, inner - k));
+      }
+  } else {
+    for (int64_t k = 0; k < inner; ++k)
+      for (int64_t j = 0; j < columns; ++j) to[k * to_row + j] = b.at[k * b.row + j * b.column];
+  }
+}
+
+// How C, M × N, is cut into tiles and shared out.
+template <int64_t M, int64_t N>
+struct Plan {
+  static constexpr int64_t ALL = ceil_of(N, LANES), VECS = share(ALL, WIDEST), STRIPES = ceil_of(ALL, VECS), WIDTH = VECS * LANES;
+  static constexpr int64_t VECS_LAST = ALL - (STRIPES - 1) * VECS, LAST = N - (ALL - 1) * LANES;
+  static constexpr int64_t ROWS = share(M, VECS == 1 ? REGISTERS / 2 - 2 : (REGISTERS - 4) / VECS), REST = M % ROWS;
+  static constexpr int64_t CHUNK = ceil_of(CHUNK_LEAST, ROWS) * ROWS, CHUNKS = ceil_of(M, CHUNK);
+};
+
+// One chunk of the rows of C, which stand in one piece.
+template <int64_t M, int64_t N>
+void product(int64_t chunk, Matrix a, Matrix b, float* c, int64_t inner) {
+  using P = Plan<M, N>;
+  const int64_t first = chunk * P::CHUNK, last = std::min(M, first + P::CHUNK);
+  alignas(64) float ordered[BLOCK * P::WIDTH];
+  for (int64_t k = 0; k < inner; k += BLOCK) {
+    const int64_t block = std::min(BLOCK, inner - k);
+    const Matrix columns{a.at + k * a.column, a.row, a.column};
+    for (int64_t s = 0; s < P::STRIPES; ++s) {
+      Matrix rows{b.at + k * b.row + s * P::WIDTH * b.column, b.row, b.column};
+      if (b.column != 1) {
+        put_in_order(rows, block, std::min(P::WIDTH, N - s * P::WIDTH), ordered, P::WIDTH);
+        rows = {ordered, P::WIDTH, 1};
+      }
+      if (s + 1 < P::STRIPES)
+        stripe<P::ROWS, P::REST, P::VECS, LANES>(first, last, columns, rows.at, rows.row, c + s * P::WIDTH, N, block, k > 0);
+      else
+        stripe<P::ROWS, P::REST, P::VECS_LAST, P::LAST>(first, last, columns, rows.at, rows.row, c + s * P::WIDTH, N, block, k > 0);
+    }
+  }
+}
+
+// Of `pairs` pairs, each so many numbers after the one before.
+template <int64_t M, int64_t N>
+void products(int64_t pairs, Matrix a, int64_t a_step, Matrix b, int64_t b_step, float* c, int64_t inner, int threads) {
+  constexpr int64_t CHUNKS = Plan<M, N>::CHUNKS;
+  const auto one = [=](int64_t i) {
+    const int64_t pair = i / CHUNKS;
+    product<M, N>(i % CHUNKS, {a.at + pair * a_step, a.row, a.column}, {b.at + pair * b_step, b.row, b.column}, c + pair * M * N, inner);
+  };
+  if (threads == 1) {
+    for (int64_t i = 0; i < pairs * CHUNKS; ++i) one(i);
+  } else {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < pairs * CHUNKS; ++i) one(i);
+  }
+}
+
+}  // namespace bayesmeta
+
+#endif
