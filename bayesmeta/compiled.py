@@ -1,13 +1,16 @@
-"""`Compiled`: an adapter whose `adapt` runs as a compiled graph, for many calls with support sets of one shape."""
+"""`Compiled`: an adapter whose `adapt` runs as a compiled graph, for many calls with support sets of one shape; ``adapt(compile=)``."""
 
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -16,10 +19,12 @@ from torch import Tensor
 from torch.nn.utils import stateless
 
 from .episodes import Points
-from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, tolerance, trace
+from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, settings, tolerance, trace
 from .learners.base import AbstractAdapter
 from .posteriors import Posterior, TaskPosterior
 from .randomness import rng
+
+COMPILING_TAKES = 30.0  # seconds, about
 
 
 class _Traced(NamedTuple):
@@ -36,44 +41,69 @@ class _Traced(NamedTuple):
     evaluations: float
 
 
+@dataclass
+class _Kept:
+    """What is known of an adapter: its graphs by shape, seconds that eager calls took, and why none can be compiled."""
+
+    graphs: OrderedDict[Any, _Traced] = field(default_factory=OrderedDict)
+    seconds: dict[Any, float] = field(default_factory=dict)
+    why_eager: str | None = None
+
+
 class Compiled(AbstractAdapter):
     """``adapter`` with its `adapt` traced and compiled at the first call with a new shape, which takes 5–40 seconds.
 
     The posterior is ``adapter``'s own to rounding, from the same random numbers; every new graph is held to it once. What cannot be traced
     (a flow, whose posterior is a network; Newton's method) stays eager, and a RuntimeWarning says why. Only for adaptation: train
-    ``adapter`` itself.
+    ``adapter`` itself. ``mode``: True, or "auto", which compiles for a shape once its eager calls have taken as long as that does.
     """
 
-    def __init__(self, adapter: AbstractAdapter, *, backend: Backend | None = None) -> None:
+    def __init__(self, adapter: AbstractAdapter, *, mode: bool | str = True, backend: Backend | None = None) -> None:
         super().__init__(adapter.model)
-        self.adapter, self.backend, self.members = adapter, backend or inductor, adapter.members
-        self.why_eager = adapter.why_eager
-        self._graphs: OrderedDict[Any, _Traced] = OrderedDict()
+        self.adapter, self.mode, self.backend, self.members = adapter, mode, backend or inductor, adapter.members
+        self._kept = _Kept(why_eager=adapter.why_eager)
+
+    @property
+    def why_eager(self) -> str | None:  # type: ignore[override]
+        """Why nothing is compiled, where that is so."""
+        return self._kept.why_eager
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
         """As the adapter's own."""
-        points = self.prepared(support)
+        points, kept = self.prepared(support), self._kept
         given = self.model.theta_given  # a draw of θ that a posterior over θ stands at
         data = [v for v in (*points, given) if v is not None]
-        key = tuple((v.shape, v.dtype, v.device) for v in data)
-        if self.why_eager is None and key not in self._graphs:
-            state = torch.empty(0) if generator is None else generator.get_state()
-            try:
-                self._graphs[key] = self._traced(points, data, generator)
-            except Exception as error:  # whatever a program, a tracer or a compiler may raise
-                self.why_eager = f"{type(error).__name__}: {first_lines(error)}"
-                message = f"{type(self.adapter).__name__}: adaptation is not compiled: {self.why_eager}"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-            if generator is not None:
-                generator.set_state(state)
-            if len(self._graphs) > SHAPES:
-                self._graphs.popitem(last=False)
-        if self.why_eager is not None:
+        key = (*[(v.shape, v.dtype, v.device) for v in data], *settings(self.adapter))
+        if kept.why_eager is None and key not in kept.graphs:
+            if self.mode == "auto" and kept.seconds.get(key, 0.0) < COMPILING_TAKES:
+                return self._timed(key, support, generator)
+            self._compile(key, points, data, generator)
+        if kept.why_eager is not None:
             return self.adapter.adapt(support, generator=generator)
-        self._graphs.move_to_end(key)
-        step = self._graphs[key]
+        kept.graphs.move_to_end(key)
+        step = kept.graphs[key]
         self.model.gradient_evaluations += step.evaluations
         return self.adapter.posterior(self._distribution(step, data, generator), dict(step.diagnostics))
+
+    def _timed(self, key: Any, support: Points, generator: torch.Generator | None) -> Posterior:
+        start = time.perf_counter()
+        posterior = self.adapter.adapt(support, generator=generator)
+        self._kept.seconds[key] = self._kept.seconds.get(key, 0.0) + time.perf_counter() - start
+        return posterior
+
+    def _compile(self, key: Any, points: Points, data: list[Tensor], generator: torch.Generator | None) -> None:
+        """Puts the graph for a new shape with the others, or says why there will be none. The generator stays where it was."""
+        state = torch.empty(0) if generator is None else generator.get_state()
+        try:
+            self._kept.graphs[key] = self._traced(points, data, generator)
+        except Exception as error:  # whatever a program, a tracer or a compiler may raise
+            self._kept.why_eager = f"{type(error).__name__}: {first_lines(error)}"
+            message = f"{type(self.adapter).__name__}: adaptation is not compiled: {self._kept.why_eager}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        if generator is not None:
+            generator.set_state(state)
+        if len(self._kept.graphs) > SHAPES:
+            self._kept.graphs.popitem(last=False)
 
     def _distribution(self, step: _Traced, data: list[Tensor], generator: torch.Generator | None) -> Any:
         with torch.no_grad(), rng(generator) if step.random else nullcontext():
@@ -126,6 +156,21 @@ class Compiled(AbstractAdapter):
         if not all(one <= tolerance(wanted.mean.dtype) for one in far):
             raise RuntimeError(f"the compiled posterior differs from the eager one by {max(far):.1e} of its size")
         return step
+
+
+_OF_LEARNERS: WeakKeyDictionary[AbstractAdapter, _Kept] = WeakKeyDictionary()  # what ``adapt(compile=)`` keeps, no part of them
+
+
+def _as_before(adapter: AbstractAdapter, mode: bool | str) -> AbstractAdapter:
+    """`Compiled` with what earlier calls left."""
+    if isinstance(adapter, Compiled):
+        return adapter
+    compiled = Compiled(adapter, mode=mode)
+    compiled._kept = _OF_LEARNERS.setdefault(adapter, compiled._kept)
+    return compiled
+
+
+AbstractAdapter.compiled_by = staticmethod(_as_before)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

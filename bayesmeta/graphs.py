@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -230,6 +230,17 @@ def draw_noise_outside(module: GraphModule, *, given: int = 0) -> GraphModule | 
 def is_random(module: GraphModule) -> bool:
     """Whether the graph draws random numbers."""
     return any(_is_random(node) for node in module.graph.nodes)
+
+
+def settings(learner: nn.Module) -> list[tuple[str, str, object]]:
+    """Numbers, words and flags among the public attributes of a learner's modules, which a graph of it takes as they are."""
+    changing = ("training", "gradient_evaluations")
+    return [
+        (name, key, value)
+        for name, module in learner.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str | None) and not key.startswith("_") and key not in changing
+    ]
 
 
 def tolerance(dtype: torch.dtype) -> float:

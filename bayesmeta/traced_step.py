@@ -22,7 +22,7 @@ from torch.nn.utils import stateless
 from .adam import AdamStep
 from .agreement import Gradients, Losses, Update, gradients_of
 from .episodes import LARGEST_TARGET, Episode, Points
-from .graphs import Recorded, Run, draw_noise_outside, first_lines, is_random, trace
+from .graphs import Recorded, Run, draw_noise_outside, first_lines, is_random, settings, trace
 from .learners.base import AbstractMetaLearner
 from .randomness import rng
 from .rewriting import overwrite
@@ -225,17 +225,6 @@ class StepTracer:
         """How many targets no likelihood gives, ``()``."""
         bad = [v for points in sets if (v := self.model.impossible_targets(points)) is not None]
         return torch.stack([v.sum() for v in bad]).sum() if bad else torch.zeros((), device=sets[0].mask.device)
-
-
-def settings(learner: nn.Module) -> list[tuple[str, str, object]]:
-    """Numbers, words and flags among the public attributes of the learner's modules, which a graph takes as they are."""
-    changing = ("training", "gradient_evaluations")
-    return [
-        (name, key, value)
-        for name, module in learner.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | float | str | None) and not key.startswith("_") and key not in changing
-    ]
 
 
 def tensors_of(episode: Episode) -> list[Tensor]:

@@ -1,13 +1,21 @@
 """`bayesmeta.Compiled`: the adapter's own posterior, from the same random numbers, whatever the learner."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+import bayesmeta.compiled
 from bayesmeta import Compiled, HierarchicalModel, evaluate
 from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, NoPooling, Reptile
+from bayesmeta.learners.base import AbstractAdapter
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import NormalPrior, WeightNetwork
+from bayesmeta.posteriors import delta
 
 from .conftest import episode, hyper_program, radon_program
 
@@ -131,3 +139,81 @@ def test_an_evaluation_of_many_chunks(make, monkeypatch):
         assert other.gradient_evaluations == found[0].gradient_evaluations and other.settings == found[0].settings
     with pytest.raises(ValueError, match="compile: expected"):
         result("always")
+
+
+# --- adapt(compile=)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs run as they were traced; which ones there were."""
+    graphs = []
+    monkeypatch.setattr(bayesmeta.compiled, "inductor", lambda module, inputs: graphs.append(module) or module)
+    return graphs
+
+
+@pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
+def test_adapt_takes_it_as_an_argument(make, float64, traced):
+    """The graph is kept for later calls, and is no part of the learner."""
+    learner = make(HierarchicalModel(radon_program))
+    for k in range(3):
+        support = episode(seed=k).support
+        found, wanted = learner.adapt(support, generator=seeded(), compile=True), learner.adapt(support, generator=seeded())
+        torch.testing.assert_close(found.draws(5, generator=seeded()), wanted.draws(5, generator=seeded()), rtol=0, atol=1e-12)
+    assert len(traced) == 1 and not any(isinstance(module, Compiled) for module in learner.modules())
+    pickle.loads(pickle.dumps(copy.deepcopy(learner)))
+
+
+def test_a_learner_changed_since_has_another_graph(float64, traced):
+    learner, support = MAML(HierarchicalModel(radon_program), inner_steps=2, inner_lr=0.02), episode().support
+    before = learner.adapt(support, compile=True).mean
+    learner.inner_steps = learner.adapt_steps = 4
+    after = learner.adapt(support, compile=True).mean
+    assert len(traced) == 2 and not torch.allclose(before, after)
+    torch.testing.assert_close(after, learner.adapt(support).mean, rtol=0, atol=1e-12)
+
+
+def test_auto_waits_until_eager_calls_have_taken_as_long(float64, traced, monkeypatch):
+    learner, support = MAML(HierarchicalModel(radon_program), inner_steps=2), episode().support
+    wanted = learner.adapt(support).mean
+    for _ in range(3):
+        torch.testing.assert_close(learner.adapt(support, compile="auto").mean, wanted, rtol=0, atol=0)
+    assert not traced
+    monkeypatch.setattr(bayesmeta.compiled, "COMPILING_TAKES", 1e-9)
+    learner.adapt(episode((2, 2)).support, compile="auto")  # another shape, whose first call this is
+    assert not traced
+    torch.testing.assert_close(learner.adapt(support, compile="auto").mean, wanted, rtol=0, atol=1e-12)
+    assert len(traced) == 1
+
+
+def test_what_is_kept_goes_with_the_learner(traced):
+    learner = MAML(HierarchicalModel(radon_program), inner_steps=2)
+    learner.adapt(episode().support, compile=True)
+    gone = weakref.ref(learner)
+    del learner
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_cannot_be_compiled_says_so_once():
+    model = HierarchicalModel(radon_program)
+    learner, support = BayesianBlackBox(model, hidden=8, posterior="flow"), episode().support
+    with pytest.warns(RuntimeWarning, match="adaptation is not compiled"):
+        learner.adapt(support, compile=True, generator=seeded())
+    learner.adapt(support, compile=True, generator=seeded())
+    with pytest.raises(ValueError, match="compile: expected one of 'auto', got 'always'"):
+        learner.adapt(support, compile="always")
+
+
+def test_a_learner_of_ones_own_takes_it_too(float64, traced):
+    class Prior(AbstractAdapter):
+        def adapt(self, support, *, generator=None):
+            return self.posterior(delta(self.model.initial(self.prepared(support))))
+
+    learner, support = Prior(HierarchicalModel(radon_program)), episode().support
+    torch.testing.assert_close(learner.adapt(support, compile=True).mean, learner.adapt(support).mean)
+    assert len(traced) == 1
+    once = Compiled(learner)
+    once.adapt(support, compile=True)
+    once.adapt(support)
+    assert len(traced) == 2

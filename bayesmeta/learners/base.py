@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ class AbstractAdapter(nn.Module, ABC):
     model: HierarchicalModel
     members: Sequence[AbstractMetaLearner]
     why_eager: str | None = None  # why no step of it can be written down as a graph of operations, where that is so
+    compiled_by: ClassVar[Callable[[AbstractAdapter, bool | str], AbstractAdapter]]  # `bayesmeta.compiled`, which knows this file, sets it
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Whatever ``adapt`` a learner has, it takes ``compile=`` too."""
+        super().__init_subclass__(**keywords)
+        if "adapt" in vars(cls):
+            cls.adapt = _compilable(cls.adapt)  # type: ignore[method-assign]
 
     def __init__(self, model: HierarchicalModel) -> None:
         super().__init__()
@@ -40,6 +48,9 @@ class AbstractAdapter(nn.Module, ABC):
 
         Randomness comes from ``generator`` alone (see `bayesmeta.randomness.rng`); nothing outside is changed. Raises
         ValueError naming task and argument where a real point of ``support`` is not finite.
+
+        Every learner's takes ``compile=False | True | "auto"`` too, without mentioning it: True runs `bayesmeta.Compiled`, whose graphs are
+        kept for later calls; "auto" does so once the eager adaptations of one shape have taken as long as compiling does.
         """
 
     def adapt_over_theta(self, support: Points, *, num_theta: int = 10, generator: torch.Generator | None = None) -> Posterior:
@@ -216,6 +227,20 @@ class LazyParameter(AbstractLazyModule):
         """Makes the parameter, once."""
         if self.value is None:
             self.value = nn.Parameter(self.make(model).detach().clone())
+
+
+def _compilable(adapt: Callable[..., Posterior]) -> Callable[..., Posterior]:
+    """``adapt`` with ``compile=``."""
+
+    @functools.wraps(adapt)
+    def either(self: AbstractAdapter, support: Points, *args: Any, compile: bool | str = False, **keywords: Any) -> Posterior:
+        if compile is False:
+            return adapt(self, support, *args, **keywords)
+        if compile is not True:
+            checked_choice("compile", compile, ("auto",))
+        return type(self).compiled_by(self, compile).adapt(support, *args, **keywords)
+
+    return either
 
 
 def _make_all(adapter: AbstractAdapter, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
