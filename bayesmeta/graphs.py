@@ -41,6 +41,7 @@ WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse
 SHORT = 2000  # operations
 KEPT = 2**28  # bytes of freed memory that stay with the process
 LITTLE = 2**25  # bytes of all results together, up to which a graph takes its memory in one piece; larger pieces do not stay in the cache
+PLAIN, CHANGING = {bool, int, float, str, type(None)}, {"training", "gradient_evaluations"}
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -234,12 +235,11 @@ def is_random(module: GraphModule) -> bool:
 
 def settings(learner: nn.Module) -> list[tuple[str, str, object]]:
     """Numbers, words and flags among the public attributes of a learner's modules, which a graph of it takes as they are."""
-    changing = ("training", "gradient_evaluations")
     return [
         (name, key, value)
         for name, module in learner.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | float | str | None) and not key.startswith("_") and key not in changing
+        for key, value in vars(module).items()
+        if type(value) in PLAIN and key[0] != "_" and key not in CHANGING
     ]
 
 
