@@ -43,47 +43,56 @@ class _Traced(NamedTuple):
 
 @dataclass
 class _Kept:
-    """What is known of an adapter: its graphs by shape, seconds that eager calls took, and why none can be compiled."""
+    """What is known of an adapter, by shapes and settings: its graphs, seconds that eager calls took, and why there is no graph."""
 
     graphs: OrderedDict[Any, _Traced] = field(default_factory=OrderedDict)
     seconds: dict[Any, float] = field(default_factory=dict)
-    why_eager: str | None = None
+    why_not: dict[Any, str] = field(default_factory=dict)
 
 
 class Compiled(AbstractAdapter):
     """``adapter`` with its `adapt` traced and compiled at the first call with a new shape, which takes 5–40 seconds.
 
     The posterior is ``adapter``'s own to rounding, from the same random numbers; every new graph is held to it once. What cannot be traced
-    (a flow, whose posterior is a network; Newton's method) stays eager, and a RuntimeWarning says why. Only for adaptation: train
-    ``adapter`` itself. ``mode``: True, or "auto", which compiles for a shape once its eager calls have taken as long as that does.
+    (a flow, whose posterior is a network; an ensemble's mixture) stays eager, and a RuntimeWarning says why, but of learners that say so
+    themselves (``why_eager``). Only for adaptation: train ``adapter`` itself. ``mode``: True, or "auto", which compiles for a shape once its
+    eager calls have taken as long as that does.
     """
 
     def __init__(self, adapter: AbstractAdapter, *, mode: bool | str = True, backend: Backend | None = None) -> None:
         super().__init__(adapter.model)
         self.adapter, self.mode, self.backend, self.members = adapter, mode, backend or inductor, adapter.members
-        self._kept = _Kept(why_eager=adapter.why_eager)
+        self._kept = _Kept()
 
     @property
     def why_eager(self) -> str | None:  # type: ignore[override]
-        """Why nothing is compiled, where that is so."""
-        return self._kept.why_eager
+        """Why it was not compiled, the first time that it was not."""
+        return next(iter(self._kept.why_not.values()), None)
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
         """As the adapter's own."""
-        points, kept = self.prepared(support), self._kept
+        points, kept = self.adapter.prepared(support), self._kept
         given = self.model.theta_given  # a draw of θ that a posterior over θ stands at
-        data = [v for v in (*points, given) if v is not None]
-        key = (*[(v.shape, v.dtype, v.device) for v in data], *settings(self.adapter))
-        if kept.why_eager is None and key not in kept.graphs:
+        data, state = [v.contiguous() for v in (*points, given) if v is not None], self._state()
+        precision = (self.model.precision, torch.is_autocast_enabled(self.model.device.type))
+        key = (precision, *[(v.shape, v.stride(), v.dtype, v.device) for v in (*state, *data)], *settings(self.adapter))
+        if key in kept.why_not:
+            return self.adapter.adapt(support, generator=generator)
+        if key not in kept.graphs:
             if self.mode == "auto" and kept.seconds.get(key, 0.0) < COMPILING_TAKES:
                 return self._timed(key, support, generator)
-            self._compile(key, points, data, generator)
-        if kept.why_eager is not None:
-            return self.adapter.adapt(support, generator=generator)
+            why_not = self._compile(key, points, data, generator)
+            if why_not is not None:
+                posterior = self.adapter.adapt(support, generator=generator)  # where it raises too, nothing is known of the next call
+                kept.why_not[key] = why_not
+                if self.adapter.why_eager is None:  # else it says so itself
+                    message = f"{type(self.adapter).__name__}: adaptation is not compiled: {why_not}"
+                    warnings.warn(message, RuntimeWarning, stacklevel=4)
+                return posterior
         kept.graphs.move_to_end(key)
         step = kept.graphs[key]
         self.model.gradient_evaluations += step.evaluations
-        return self.adapter.posterior(self._distribution(step, data, generator), dict(step.diagnostics))
+        return self.adapter.posterior(self._distribution(step, state, data, generator), dict(step.diagnostics))
 
     def _timed(self, key: Any, support: Points, generator: torch.Generator | None) -> Posterior:
         start = time.perf_counter()
@@ -91,24 +100,27 @@ class Compiled(AbstractAdapter):
         self._kept.seconds[key] = self._kept.seconds.get(key, 0.0) + time.perf_counter() - start
         return posterior
 
-    def _compile(self, key: Any, points: Points, data: list[Tensor], generator: torch.Generator | None) -> None:
-        """Puts the graph for a new shape with the others, or says why there will be none. The generator stays where it was."""
-        state = torch.empty(0) if generator is None else generator.get_state()
+    def _compile(self, key: Any, points: Points, data: list[Tensor], generator: torch.Generator | None) -> str | None:
+        """Puts the graph for a new shape with the others, or says why there is none. The generator stays where it was."""
+        if self.adapter.why_eager is not None:
+            return self.adapter.why_eager
+        state, before = torch.empty(0) if generator is None else generator.get_state(), self.model.gradient_evaluations
         try:
             self._kept.graphs[key] = self._traced(points, data, generator)
         except Exception as error:  # whatever a program, a tracer or a compiler may raise
-            self._kept.why_eager = f"{type(error).__name__}: {first_lines(error)}"
-            message = f"{type(self.adapter).__name__}: adaptation is not compiled: {self._kept.why_eager}"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-        if generator is not None:
-            generator.set_state(state)
+            return f"{type(error).__name__}: {first_lines(error)}"
+        finally:
+            self.model.gradient_evaluations = before
+            if generator is not None:
+                generator.set_state(state)
         if len(self._kept.graphs) > SHAPES:
             self._kept.graphs.popitem(last=False)
+        return None
 
-    def _distribution(self, step: _Traced, data: list[Tensor], generator: torch.Generator | None) -> Any:
+    def _distribution(self, step: _Traced, state: list[Tensor], data: list[Tensor], generator: torch.Generator | None) -> Any:
         with torch.no_grad(), rng(generator) if step.random else nullcontext():
             noise = () if step.noise is None else step.noise()
-            values = step.run(*self._state(), *data, *noise)
+            values = step.run(*state, *data, *noise)
         values = [v.clone() if v.is_cuda else v for v in values]  # on a GPU the next call writes over them
         memo: dict[int, Any] = {id(old): new for old, new in zip(_tensors(step.template), values, strict=True)}
         return copy.deepcopy(step.template, memo)
@@ -145,14 +157,15 @@ class Compiled(AbstractAdapter):
         with torch.no_grad():
             run = self.backend(module, [*inputs, *extra])
         step = _Traced(run, noise, random, template, made[0].diagnostics, evaluations)
-        found = self._distribution(step, data, generator)
+        found = self._distribution(step, self._state(), data, generator)
         if generator is not None:
             generator.set_state(state)
         wanted = adapter.adapt(points, generator=generator)
-        self.model.gradient_evaluations = before
         assert isinstance(wanted, TaskPosterior)
-        pairs = zip(_tensors(found), _tensors(wanted.distribution), strict=True)
-        far = [gap(a, b) for a, b in pairs if b.is_floating_point() and b.numel()]
+        pairs = [(a, b) for a, b in zip(_tensors(found), _tensors(wanted.distribution), strict=True) if b.is_floating_point() and b.numel()]
+        if not all(torch.equal(a.isfinite(), b.isfinite()) for a, b in pairs):
+            raise RuntimeError("the compiled posterior is not finite where the eager one is, or the other way round")
+        far = [gap(torch.where(b.isfinite(), a, 0.0), torch.where(b.isfinite(), b, 0.0)) for a, b in pairs]
         if not all(one <= tolerance(wanted.mean.dtype) for one in far):
             raise RuntimeError(f"the compiled posterior differs from the eager one by {max(far):.1e} of its size")
         return step

@@ -41,7 +41,8 @@ WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse
 SHORT = 4000  # operations; longer graphs are swept or rare, and have not been tried
 KEPT = 2**28  # bytes of freed memory that stay with the process
 LITTLE = 2**25  # bytes of all results together, up to which a graph takes its memory in one piece; larger pieces do not stay in the cache
-PLAIN, CHANGING = {bool, int, float, str, type(None)}, {"training", "gradient_evaluations"}
+NUMBERS = (int, float, str)  # numpy's are such, too
+PLAIN, CHANGING = {bool, int, float, str, type(None)}, {"training", "gradient_evaluations"}  # a set is looked into faster
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -239,7 +240,7 @@ def settings(learner: nn.Module) -> list[tuple[str, str, object]]:
         (name, key, value)
         for name, module in learner.named_modules()
         for key, value in vars(module).items()
-        if type(value) in PLAIN and key[0] != "_" and key not in CHANGING
+        if (type(value) in PLAIN or isinstance(value, NUMBERS)) and key[0] != "_" and key not in CHANGING
     ]
 
 

@@ -93,6 +93,11 @@ class AbstractProgramModule(nn.Module, ABC):
         finally:
             self._precision = before
 
+    @property
+    def precision(self) -> torch.dtype | None:
+        """What `in_precision` asks for."""
+        return self._precision
+
     def lowered(self) -> contextlib.AbstractContextManager[Any]:
         """What a network is run under: `torch.autocast` to the dtype of `in_precision`, if any. Log densities are taken outside of it."""
         if self._precision is None:

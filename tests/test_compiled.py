@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -171,6 +172,55 @@ def test_a_learner_changed_since_has_another_graph(float64, traced):
     after = learner.adapt(support, compile=True).mean
     assert len(traced) == 2 and not torch.allclose(before, after)
     torch.testing.assert_close(after, learner.adapt(support).mean, rtol=0, atol=1e-12)
+    learner.inner_lr = np.float64(0.05)
+    torch.testing.assert_close(learner.adapt(support, compile=True).mean, learner.adapt(support).mean, rtol=0, atol=1e-12)
+    with learner.model.in_precision(torch.bfloat16):
+        learner.adapt(support, compile=True)
+    assert len(traced) == 4
+
+
+def test_data_and_parameters_as_they_come():
+    """Really compiled: a mask that is one row for all tasks, a first axis of θ's draws that has grown."""
+    model = HierarchicalModel(hyper_program, theta="nuts")
+    learner, support = MAML(model, inner_steps=1, inner_lr=0.01), episode((5, 5, 5)).support
+    learner.materialise(support)
+    masks = torch.ones(3, support.num_points, dtype=torch.bool), torch.ones(support.num_points, dtype=torch.bool).expand(3, -1)
+    for rows in (1, 5):
+        model.theta_draws = model.theta_draws[:1].expand(rows, -1).contiguous()
+        for mask in masks:
+            points = support._replace(mask=mask)
+            torch.testing.assert_close(learner.adapt(points, compile=True).mean, learner.adapt(points).mean)
+
+
+def test_a_call_that_fails_or_diverges_says_nothing_of_the_next(float64, traced):
+    learner, support = MAML(HierarchicalModel(radon_program), inner_steps=60, inner_lr=1e30), episode().support
+    with pytest.warns(RuntimeWarning, match="diverged") as told:
+        learner.adapt(support, compile=True)
+    assert all("not compiled" not in str(one.message) for one in told)
+    with pytest.warns(RuntimeWarning, match="diverged") as told:
+        learner.adapt(support)
+    assert [one.filename for one in told] == [__file__]
+    with pytest.raises(ValueError, match="finite"):
+        learner.adapt(support._replace(y=support.y * torch.nan), compile=True)
+    learner.inner_lr = 0.02
+    learner.adapt(support, compile=True)
+    assert len(traced) == 2
+
+
+def test_a_learner_that_calls_its_parents_adapt(float64, traced):
+    class Shifted:
+        def adapt(self, support, *, generator=None):
+            return super().adapt(support._replace(y=support.y + 1), generator=generator, compile=True)
+
+    class Learner(Shifted, MAML):
+        pass
+
+    learner, plain = (make(HierarchicalModel(radon_program), inner_steps=2) for make in (Learner, MAML))
+    support = episode().support
+    wanted = plain.adapt(support._replace(y=support.y + 1)).mean
+    for compile in (False, True):
+        torch.testing.assert_close(learner.adapt(support, compile=compile).mean, wanted, rtol=0, atol=1e-12)
+    assert len(traced) == 1
 
 
 def test_auto_waits_until_eager_calls_have_taken_as_long(float64, traced, monkeypatch):
@@ -201,7 +251,8 @@ def test_what_cannot_be_compiled_says_so_once():
     with pytest.warns(RuntimeWarning, match="adaptation is not compiled"):
         learner.adapt(support, compile=True, generator=seeded())
     learner.adapt(support, compile=True, generator=seeded())
-    with pytest.raises(ValueError, match="compile: expected one of 'auto', got 'always'"):
+    NoPooling(model).adapt(support, compile=True)  # says so itself
+    with pytest.raises(ValueError, match="compile: expected True, False or 'auto', got 'always'"):
         learner.adapt(support, compile="always")
 
 

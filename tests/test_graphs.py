@@ -1,7 +1,11 @@
-"""A compiled graph of few numbers takes its memory in one piece; what it gave stays."""
+"""A compiled graph of few numbers takes its memory in one piece; what it gave stays; freed memory stays with the process."""
 
+import ctypes
 import math
+import subprocess
+import sys
 
+import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
@@ -45,3 +49,27 @@ def test_a_graph_of_many_numbers_takes_them_piece_by_piece(monkeypatch):
         with torch.no_grad():
             _, (code,) = run_and_get_code(lambda graph=graph: inductor(graph, [x, w])(x, w))
         assert ("pool0_handle" in code) == bool(pools)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's C library")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_stays_with_the_process(kept):
+    """Thirty arrays of 4 MiB, taken and given back again and again: their 30,000 pages are faulted in once, or each time."""
+    script = f"""
+import resource, torch
+from bayesmeta.graphs import keep_freed_memory
+
+if {kept}:
+    keep_freed_memory()
+
+def take():
+    return [torch.ones(2**20) for _ in range(30)]
+
+for _ in range(3):
+    take()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+take()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=600, check=True)
+    assert (int(done.stdout) < 1000) is kept, done.stdout

@@ -20,6 +20,21 @@ from ..program_module import refuse_unread
 from ..randomness import rng
 
 
+def _compilable(adapt: Callable[..., Posterior]) -> Callable[..., Posterior]:
+    """``adapt`` with ``compile=``, which counts in the call from outside: not where another ``adapt`` of the learner's calls this one."""
+
+    @functools.wraps(adapt)
+    def either(self: AbstractAdapter, support: Points, *args: Any, compile: bool | str = False, **keywords: Any) -> Posterior:
+        if not isinstance(compile, bool) and compile != "auto":
+            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+        if compile is False or type(self).adapt is not either:
+            return adapt(self, support, *args, **keywords)
+        return type(self).compiled_by(self, compile).adapt(support, *args, **keywords)
+
+    either.takes_compile = True  # type: ignore[attr-defined]
+    return either
+
+
 class AbstractAdapter(nn.Module, ABC):
     """Infers φ from a support set under the model's θ as it stands; it learns nothing."""
 
@@ -31,7 +46,7 @@ class AbstractAdapter(nn.Module, ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Whatever ``adapt`` a learner has, it takes ``compile=`` too."""
         super().__init_subclass__(**keywords)
-        if "adapt" in vars(cls):
+        if not hasattr(cls.adapt, "takes_compile"):
             cls.adapt = _compilable(cls.adapt)  # type: ignore[method-assign]
 
     def __init__(self, model: HierarchicalModel) -> None:
@@ -110,7 +125,7 @@ class AbstractAdapter(nn.Module, ABC):
             warnings.warn(
                 f"{type(self).__name__}: the adaptation of {count} of {len(diverged)} tasks diverged (the first is task {first}): "
                 "φ is not finite there, and no prediction; lower inner_lr (a Gaussian's steps grow as inner_lr / noise²) or take "
-                "fewer steps", RuntimeWarning, stacklevel=3,
+                "fewer steps", RuntimeWarning, stacklevel=4,
             )  # fmt: skip
         return TaskPosterior(self.model, distribution, diagnostics)
 
@@ -227,20 +242,6 @@ class LazyParameter(AbstractLazyModule):
         """Makes the parameter, once."""
         if self.value is None:
             self.value = nn.Parameter(self.make(model).detach().clone())
-
-
-def _compilable(adapt: Callable[..., Posterior]) -> Callable[..., Posterior]:
-    """``adapt`` with ``compile=``."""
-
-    @functools.wraps(adapt)
-    def either(self: AbstractAdapter, support: Points, *args: Any, compile: bool | str = False, **keywords: Any) -> Posterior:
-        if compile is False:
-            return adapt(self, support, *args, **keywords)
-        if compile is not True:
-            checked_choice("compile", compile, ("auto",))
-        return type(self).compiled_by(self, compile).adapt(support, *args, **keywords)
-
-    return either
 
 
 def _make_all(adapter: AbstractAdapter, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

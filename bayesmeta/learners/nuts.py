@@ -50,7 +50,7 @@ class NUTS(AbstractAdapter):
             runs = [[self._chain(group) for _ in range(self.chains)] for group in groups]
         draws = torch.cat([torch.stack([phi for phi, _ in chains]) for chains in runs], 2)  # (chains, S, T, D)
         diagnostics = chain_diagnostics(draws, sum(count for chains in runs for _, count in chains))
-        warn_of_chains(diagnostics, self.chains)
+        warn_of_chains(diagnostics, self.chains, stacklevel=4)
         return TaskPosterior(self.model, Particles(draws.flatten(0, 1), chains=self.chains), diagnostics)
 
     def _chain(self, support: Points) -> tuple[Tensor, int]:

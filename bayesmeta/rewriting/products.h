@@ -14,7 +14,7 @@ constexpr int64_t LANES = Vec::size();                        // numbers in a ve
 constexpr int64_t REGISTERS = LANES == 8 ? 16 : 32;           // AVX2 has 16
 constexpr int64_t WIDEST = REGISTERS == 16 ? 2 : 3;           // vectors side by side in a tile
 constexpr int64_t BLOCK = 256;                                // how many k at a time, which stay in the first cache
-constexpr int64_t CHUNK_LEAST = 192;                          // rows that one thread takes at a time
+constexpr int64_t CHUNK = 192;                                // rows that one thread takes at a time, about
 
 constexpr int64_t ceil_of(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -102,20 +102,18 @@ inline void put_in_order(Matrix b, int64_t inner, int64_t columns, float* to, in
   }
 }
 
-// How C, M × N, is cut into tiles and shared out.
+// How C, M × N, is cut into tiles.
 template <int64_t M, int64_t N>
 struct Plan {
   static constexpr int64_t ALL = ceil_of(N, LANES), VECS = share(ALL, WIDEST), STRIPES = ceil_of(ALL, VECS), WIDTH = VECS * LANES;
   static constexpr int64_t VECS_LAST = ALL - (STRIPES - 1) * VECS, LAST = N - (ALL - 1) * LANES;
   static constexpr int64_t ROWS = share(M, VECS == 1 ? REGISTERS / 2 - 2 : (REGISTERS - 4) / VECS), REST = M % ROWS;
-  static constexpr int64_t CHUNK = ceil_of(CHUNK_LEAST, ROWS) * ROWS, CHUNKS = ceil_of(M, CHUNK);
 };
 
-// One chunk of the rows of C, which stand in one piece.
+// The rows of C from `first`, with which a tile begins, to `last`, with which one ends.
 template <int64_t M, int64_t N>
-void product(int64_t chunk, Matrix a, Matrix b, float* c, int64_t inner) {
+void product(int64_t first, int64_t last, Matrix a, Matrix b, float* c, int64_t inner) {
   using P = Plan<M, N>;
-  const int64_t first = chunk * P::CHUNK, last = std::min(M, first + P::CHUNK);
   alignas(64) float ordered[BLOCK * P::WIDTH];
   for (int64_t k = 0; k < inner; k += BLOCK) {
     const int64_t block = std::min(BLOCK, inner - k);
@@ -134,19 +132,77 @@ void product(int64_t chunk, Matrix a, Matrix b, float* c, int64_t inner) {
   }
 }
 
-// Of `pairs` pairs, each so many numbers after the one before.
+// Of `pairs` pairs, each so many numbers after the one before; chunk by chunk of rows, of which each thread has one at least if it can.
 template <int64_t M, int64_t N>
-void products(int64_t pairs, Matrix a, int64_t a_step, Matrix b, int64_t b_step, float* c, int64_t inner, int threads) {
-  constexpr int64_t CHUNKS = Plan<M, N>::CHUNKS;
+void products(int64_t pairs, Matrix a, int64_t a_step, Matrix b, int64_t b_step, float* c, int64_t inner, int64_t threads) {
+  constexpr int64_t ROWS = Plan<M, N>::ROWS;
+  const int64_t chunk = ceil_of(std::min(CHUNK, ceil_of(M, ceil_of(threads, pairs))), ROWS) * ROWS, chunks = ceil_of(M, chunk);
   const auto one = [=](int64_t i) {
-    const int64_t pair = i / CHUNKS;
-    product<M, N>(i % CHUNKS, {a.at + pair * a_step, a.row, a.column}, {b.at + pair * b_step, b.row, b.column}, c + pair * M * N, inner);
+    const int64_t pair = i / chunks, first = i % chunks * chunk;
+    product<M, N>(
+        first, std::min(M, first + chunk), {a.at + pair * a_step, a.row, a.column}, {b.at + pair * b_step, b.row, b.column}, c + pair * M * N,
+        inner);
   };
   if (threads == 1) {
-    for (int64_t i = 0; i < pairs * CHUNKS; ++i) one(i);
+    for (int64_t i = 0; i < pairs * chunks; ++i) one(i);
   } else {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < pairs * CHUNKS; ++i) one(i);
+    for (int64_t i = 0; i < pairs * chunks; ++i) one(i);
+  }
+}
+
+// Where the numbers of each sum stand side by side in both matrices and the sums are long: vectors of partial sums, nothing put in order.
+// `b`: the columns of B, from one to the next `b_column`.
+template <int64_t ROWS, int64_t COLUMNS>
+__attribute__((noinline)) void long_sums(
+    const float* a, int64_t a_row, const float* b, int64_t b_column, float* c, int64_t c_row, int64_t inner) {
+  Vec sum[ROWS][COLUMNS];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < COLUMNS; ++j) sum[i][j] = Vec(0);
+  const auto add = [&](int64_t k, int64_t numbers) __attribute__((always_inline)) {
+    Vec column[COLUMNS];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < COLUMNS; ++j) column[j] = Vec::loadu(b + j * b_column + k, numbers);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < ROWS; ++i) {
+      const Vec row = Vec::loadu(a + i * a_row + k, numbers);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < COLUMNS; ++j) sum[i][j] = at::vec::fmadd(row, column[j], sum[i][j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + LANES <= inner; k += LANES) add(k, LANES);
+  if (k < inner) add(k, inner - k);
+  for (int64_t i = 0; i < ROWS; ++i)
+    for (int64_t j = 0; j < COLUMNS; ++j)
+      c[i * c_row + j] = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum[i][j]);
+}
+
+template <int64_t ROWS, int64_t N>
+void long_sums_of_rows(Matrix a, Matrix b, float* c, int64_t inner) {
+  constexpr int64_t COLUMNS = share(N, REGISTERS == 16 ? 3 : 5), REST = N % COLUMNS;
+  for (int64_t j = 0; j + COLUMNS <= N; j += COLUMNS)
+    long_sums<ROWS, COLUMNS>(a.at, a.row, b.at + j * b.column, b.column, c + j, N, inner);
+  if constexpr (REST > 0) long_sums<ROWS, REST>(a.at, a.row, b.at + (N - REST) * b.column, b.column, c + N - REST, N, inner);
+}
+
+template <int64_t M, int64_t N>
+void products_of_long_sums(int64_t pairs, Matrix a, int64_t a_step, Matrix b, int64_t b_step, float* c, int64_t inner, int64_t threads) {
+  constexpr int64_t ROWS = share(M, REGISTERS == 16 ? 3 : 5), REST = M % ROWS;
+  const auto one = [=](int64_t pair) {
+    const Matrix left{a.at + pair * a_step, a.row, a.column}, right{b.at + pair * b_step, b.row, b.column};
+    float* to = c + pair * M * N;
+    int64_t i = 0;
+    for (; i + ROWS <= M; i += ROWS) long_sums_of_rows<ROWS, N>({left.at + i * a.row, a.row, 1}, right, to + i * N, inner);
+    if constexpr (REST > 0) long_sums_of_rows<REST, N>({left.at + i * a.row, a.row, 1}, right, to + i * N, inner);
+  };
+  if (threads == 1) {
+    for (int64_t i = 0; i < pairs; ++i) one(i);
+  } else {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < pairs; ++i) one(i);
   }
 }
 

@@ -22,6 +22,7 @@ from torch.fx import Node
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 LEAST = 4  # rows and columns of a product that there must be at least
+FEW, LONG = 12, 128  # rows up to which, and numbers in a sum from which, sums are taken along vectors
 PARALLEL = 500_000  # multiplications from which threads share them
 
 _library = torch.library.Library("bayesmeta", "FRAGMENT")
@@ -40,8 +41,10 @@ def multiply_here(node: Node) -> None:
         return
     with node.graph.inserting_before(node):
         made = node.graph.call_function(PRODUCT, (a, b))
+        made.meta["val"] = node.meta["val"]
         if bias:
             made = node.graph.call_function(aten.add.Tensor, (made, bias[0]))
+            made.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
 
@@ -71,13 +74,16 @@ def is_lowered() -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks on itself
             # not before it is needed, for it takes long; the first one first, for the others import each other
-            from torch._inductor import compile_fx, ir  # noqa: F401
+            from torch._inductor import compile_fx, ir, scheduler  # noqa: F401
             from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
             from torch._inductor.cpu_vec_isa import pick_vec_isa
             from torch._inductor.lowering import register_lowering
             from torch._inductor.utils import Placeholder, parallel_num_threads
     except ImportError as error:  # no part of torch's interface
         log.info("products of matrices are left to torch: %s", error)
+        return False
+    if not hasattr(scheduler, "_is_epilogue_fusion_enabled"):  # in older versions it was put in unasked
+        log.info("products of matrices are left to torch: its compiler cannot be kept from fusing them with what comes after")
         return False
     if not pick_vec_isa():
         log.info("products of matrices are left to torch: the compiler writes no vector instructions for this processor")
@@ -98,7 +104,9 @@ def is_lowered() -> bool:
             (*a_step, a_row, a_column), (*b_step, b_row, b_column) = strides
             matrices = f"{{{a}, {a_row}, {a_column}}}, {sum(a_step)}, {{{b}, {b_row}, {b_column}}}, {sum(b_step)}"
             threads = parallel_num_threads() if math.prod(shapes[0]) * columns >= PARALLEL else 1
-            call = f"bayesmeta::products<{rows}, {columns}>({math.prod(pairs)}, {matrices}, {c}, {inner}, {threads});"
+            side_by_side = a_column == b_row == 1 and rows <= FEW and inner >= LONG
+            name = "products_of_long_sums" if side_by_side else "products"
+            call = f"bayesmeta::{name}<{rows}, {columns}>({math.prod(pairs)}, {matrices}, {c}, {inner}, {threads});"
             return f'#include <torch/csrc/inductor/cpp_prefix.h>\n{header}\nextern "C" {definition} {{\n    {call}\n}}\n'
 
     def lower(a: Any, b: Any) -> Any:
@@ -107,7 +115,9 @@ def is_lowered() -> bool:
             ir.as_storage_and_layout(v, freeze=True)
         code: Any = Code(ir.InputsKernel.unwrap_storage(inputs))
 
-        def kernel_and_code(result: Any, *_: Any, **__: Any) -> tuple[Any, Callable[[], str]]:
+        def kernel_and_code(result: Any, *_: Any, epilogue_nodes: Any = (), **__: Any) -> tuple[Any, Callable[[], str]]:
+            if epilogue_nodes:
+                raise NotImplementedError("a product takes in nothing that comes after it")
             kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=parallel_num_threads())
             return kernel, functools.partial(kernel.render, code, result=result)
 

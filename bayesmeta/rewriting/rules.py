@@ -7,6 +7,7 @@
     axes put into one    their numbers kept in the order of the result (convolutions as products)
     the same for all     once (`sharing`); sums of products within the product (`sums_of_products`)
     Cholesky, n ≤ 3      plain operations (`small_matrices`)
+    medians on a CPU     the value in the middle by its place, for which there is a way without Python
     its check of errors  NaN where it fails, which a step's own check finds: an error raised in a graph keeps it from the disk cache
 """
 
@@ -58,6 +59,8 @@ def rewritten(module: GraphModule) -> GraphModule:
             which, instead = FACTORS[node.target]
             if 1 <= shape(node.args[which])[-1] <= small_matrices.LARGEST:
                 _written_out(node, instead)
+    for node in graph.find_nodes(op="call_function", target=aten.median.dim):
+        _take_kth(node)
     overwrite(whole, places)
     for node in graph.nodes:
         node.meta.clear()
@@ -199,6 +202,14 @@ def _keep_order(node: Any) -> None:
         kept = node.graph.call_function(force, (source, list(source.meta["val"].stride())))
     kept.meta["val"] = source.meta["val"]
     source.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+
+def _take_kth(median: Node) -> None:
+    """As torch's median the lower one of two in the middle; but where one of the values is NaN it need not be NaN."""
+    x, dim, *keepdim = median.args
+    if not shape(x) or x.meta["val"].device.type != "cpu":  # type: ignore[union-attr]
+        return
+    median.target, median.args = aten.kthvalue.default, (x, (shape(x)[dim] + 1) // 2, dim, *keepdim)  # type: ignore[index]
 
 
 def _mark_failures(check: Node) -> None:

@@ -71,3 +71,18 @@ def test_axes_that_are_put_into_one_keep_their_order_in_memory():
         torch.testing.assert_close(found, wanted)
     few = rewritten(trace(function, [x[:1], y[:1]]))
     assert not any("force_stride_order" in str(node.target) for node in few.graph.nodes)  # small ones are not worth it
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 44, 45])
+def test_medians_are_taken_without_python(size):
+    torch.manual_seed(0)
+    x = torch.randn(size, 7, dtype=torch.float64)
+
+    def both(x):
+        low, place = x.median(0)
+        return [low, place, x.mT.median(-1, keepdim=True).values]
+
+    fast = rewritten(trace(both, [x]))
+    assert count(fast, torch.ops.aten.median.dim) == 0 and count(fast, torch.ops.aten.kthvalue.default) == 2
+    for found, wanted in zip(fast(x), both(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
