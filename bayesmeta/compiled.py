@@ -55,8 +55,8 @@ class Compiled(AbstractAdapter):
 
     The posterior is ``adapter``'s own to rounding, from the same random numbers; every new graph is held to it once. What cannot be traced
     (a flow, whose posterior is a network; an ensemble's mixture) stays eager, and a RuntimeWarning says why, but of learners that say so
-    themselves (``why_eager``). Only for adaptation: train ``adapter`` itself. ``mode``: True, or "auto", which compiles for a shape once its
-    eager calls have taken as long as that does.
+    themselves (``why_eager``). Only for adaptation: train ``adapter`` itself. ``mode``: True; or "auto", which waits until a shape's eager
+    calls have taken as long as compiling does.
     """
 
     def __init__(self, adapter: AbstractAdapter, *, mode: bool | str = True, backend: Backend | None = None) -> None:
