@@ -5,6 +5,7 @@
     python -m benchmarks.steps --scaling --out runs/scaling
     python -m benchmarks.steps --remains --only W1    what is left: arithmetic, optimiser, Python
 
+    python -m benchmarks.steps --join runs/W1 runs/W2 --out runs/steps      one table and chart of several runs
     python -m benchmarks.steps --device cuda --out runs/steps-gpu
 
     compiled   the package, its step traced through Pyro and compiled      eager    the package, step by step through Python
@@ -128,7 +129,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for results.csv and results.png")
     parser.add_argument("--remains", action="store_true", help="what a compiled step's time goes into")
     parser.add_argument("--scaling", action="store_true", help="T = 1 … 1000, K = 1 … 20, M = 1 … 64, compiled against the loop")
+    parser.add_argument("--join", nargs="+", type=Path, help="measures nothing: results of runs in these folders go together into --out")
     options = parser.parse_args()
+    if options.join:
+        return save([row for folder in options.join for row in earlier(folder)], options)
     options.memory |= options.scaling
     if options.memory:
         measure.one_arena()
@@ -152,6 +156,19 @@ def main() -> None:
         rows += found
         if options.out is not None:
             save(rows, options)
+
+
+def earlier(folder: Path) -> list[dict[str, object]]:
+    """The rows that a run has saved."""
+
+    def number(text: str) -> object:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with (folder / "results.csv").open(newline="") as file:
+        return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def save(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
