@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -264,6 +265,7 @@ def test_a_learner_of_ones_own_takes_it_too(float64, traced):
     learner, support = Prior(HierarchicalModel(radon_program)), episode().support
     torch.testing.assert_close(learner.adapt(support, compile=True).mean, learner.adapt(support).mean)
     assert len(traced) == 1
+    assert [*inspect.signature(Prior.adapt).parameters] == ["self", "support", "generator", "compile"]
     once = Compiled(learner)
     once.adapt(support, compile=True)
     once.adapt(support)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,6 +32,10 @@ def _compilable(adapt: Callable[..., Posterior]) -> Callable[..., Posterior]:
             return adapt(self, support, *args, **keywords)
         return type(self).compiled_by(self, compile).adapt(support, *args, **keywords)
 
+    known = inspect.signature(adapt)
+    more = inspect.Parameter("compile", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool | str")
+    order = sorted([*known.parameters.values(), more], key=lambda p: p.kind)  # `**keywords` come last
+    either.__signature__ = known.replace(parameters=order)  # type: ignore[attr-defined]  # for `help`
     either.takes_compile = True  # type: ignore[attr-defined]
     return either
 
