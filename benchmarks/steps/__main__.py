@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", action="store_true", help="measure it too, with one heap for all threads, which slows some contenders")
     parser.add_argument("--out", type=Path, help="folder for results.csv and results.png")
+    parser.add_argument("--task-chunk", type=int, help="tasks that the compiled step takes at a time")
     parser.add_argument("--remains", action="store_true", help="what a compiled step's time goes into")
     parser.add_argument("--scaling", action="store_true", help="T = 1 … 1000, K = 1 … 20, M = 1 … 64, compiled against the loop")
     parser.add_argument("--join", nargs="+", type=Path, help="measures nothing: results of runs in these folders go together into --out")
@@ -141,10 +142,11 @@ def main() -> None:
     where = platform.machine() if options.device == "cpu" else torch.cuda.get_device_name()
     print(f"{datetime.date.today()}, torch {torch.__version__}, {where}, {torch.get_num_threads()} threads on "
           f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, float32")  # fmt: skip
-    workloads = [replace(w, device=options.device) for w in (WORKLOADS if options.device == "cpu" else ON_GPU)]
+    workloads = scaling.WORKLOADS if options.scaling else WORKLOADS if options.device == "cpu" else ON_GPU
+    workloads = [replace(w, device=options.device, task_chunk=options.task_chunk) for w in workloads]
     chosen = options.contenders or (["compiled", "loop"] if options.scaling else list(contenders()))
     rows: list[dict[str, object]] = []
-    for w in scaling.WORKLOADS if options.scaling else workloads:
+    for w in workloads:
         if not w.name.startswith(tuple(options.only)):
             continue
         if options.remains:

@@ -73,7 +73,8 @@ def training(
     optimiser = torch.optim.Adam(parameters, workloads.ADAM, fused=True)
     adam = AdamStep.of(optimiser, parameters, None) if with_adam else None
     # convolutions one task at a time: what belongs to a task then stays in the processor's cache
-    chunk = 1 if mode and w.kind == "omniglot" and episode.support.x.device.type == "cpu" else None
+    one_by_one = w.kind == "omniglot" and episode.support.x.device.type == "cpu"
+    chunk = (w.task_chunk or (1 if one_by_one else None)) if mode else None
     gradient = MetaGradient(made, parameters, 1, generator, compile=mode, adam=adam, autocast=autocast, task_chunk=chunk)
     run = TrainingRun(made, parameters, optimiser, None, generator, gradient, Ranks())
 

@@ -18,7 +18,10 @@ ADAM = 1e-3
 
 @dataclass(frozen=True)
 class Workload:
-    """``kind``: what is learned how. ``steps``: inner ones. ``particles``: BMAML's. ``device``: where data and parameters are."""
+    """``kind``: what is learned how. ``steps``: inner ones. ``particles``: BMAML's. ``device``: where data and parameters are.
+
+    ``task_chunk``: tasks that the compiled step takes at a time; None: all, but convolutions one by one.
+    """
 
     name: str
     kind: str
@@ -26,6 +29,7 @@ class Workload:
     steps: int = 0
     particles: int = 10
     device: str = "cpu"
+    task_chunk: int | None = None
 
     @property
     def inner_lr(self) -> float:
