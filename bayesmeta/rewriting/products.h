@@ -21,6 +21,16 @@ constexpr int64_t ceil_of(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // n in as few shares as can be, none above `most`: how large they are
 constexpr int64_t share(int64_t n, int64_t most) { return ceil_of(n, ceil_of(n, most)); }
 
+template <typename One>
+void shared_out(int64_t count, int64_t threads, One one) {
+  if (threads == 1) {
+    for (int64_t i = 0; i < count; ++i) one(i);
+  } else {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) one(i);
+  }
+}
+
 struct Matrix {
   const float* at;
   int64_t row, column;  // from a number to the next one below, to the right
@@ -143,12 +153,7 @@ void products(int64_t pairs, Matrix a, int64_t a_step, Matrix b, int64_t b_step,
         first, std::min(M, first + chunk), {a.at + pair * a_step, a.row, a.column}, {b.at + pair * b_step, b.row, b.column}, c + pair * M * N,
         inner);
   };
-  if (threads == 1) {
-    for (int64_t i = 0; i < pairs * chunks; ++i) one(i);
-  } else {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < pairs * chunks; ++i) one(i);
-  }
+  shared_out(pairs * chunks, threads, one);
 }
 
 // Where the numbers of each sum stand side by side in both matrices and the sums are long: vectors of partial sums, nothing put in order.
@@ -198,12 +203,7 @@ void products_of_long_sums(int64_t pairs, Matrix a, int64_t a_step, Matrix b, in
     for (; i + ROWS <= M; i += ROWS) long_sums_of_rows<ROWS, N>({left.at + i * a.row, a.row, 1}, right, to + i * N, inner);
     if constexpr (REST > 0) long_sums_of_rows<REST, N>({left.at + i * a.row, a.row, 1}, right, to + i * N, inner);
   };
-  if (threads == 1) {
-    for (int64_t i = 0; i < pairs; ++i) one(i);
-  } else {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < pairs; ++i) one(i);
-  }
+  shared_out(pairs, threads, one);
 }
 
 }  // namespace bayesmeta

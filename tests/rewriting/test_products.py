@@ -119,6 +119,17 @@ def test_what_is_not_finite_stays_so():
     torch.testing.assert_close(found, a @ b, equal_nan=True)
 
 
+def test_what_comes_after_a_product_is_never_lost(monkeypatch):
+    """Where the compiler fuses it with the product all the same, that is an error and no wrong number."""
+    from torch._inductor import config, scheduler
+
+    given = [torch.randn(9, 13), torch.randn(13, 9)]
+    graph = trace(lambda a, b: [(a @ b).relu() + 1], given)
+    monkeypatch.setattr(scheduler, "_is_epilogue_fusion_enabled", lambda node: True)
+    with config.patch({"force_disable_caches": True}), pytest.raises(Exception, match="which would be lost"):
+        inductor(graph, given)
+
+
 def test_where_the_compiler_cannot_torchs_products_stay(monkeypatch):
     monkeypatch.setattr(products, "is_lowered", lambda: False)
     given = [torch.randn(9, 8), torch.randn(8, 7)]
