@@ -1,8 +1,8 @@
 """Products of float32 matrices on a CPU by code of our own (`products.h`), which TorchInductor compiles with the rest of a graph.
 
 torch hands them to MKL, which uses less than half of what other makers' processors can do, and makes every result a tensor. Measured on an
-AMD EPYC (`benchmarks/products.py`): 250 products of 10 × 40 and 40 × 40 in 52 µs instead of 128, 25 of 10 × 1761 and 1761 × 10 in 92 instead
-of 410, 1360 × 64 × 64 in 49 instead of 107 (oneDNN: 56).
+AMD EPYC (`benchmarks/products.py`): 250 products of 10 × 40 and 40 × 40 in 52 µs instead of 128, 25 of 10 × 1761 and 1761 × 10 in 92
+instead of 410, 1360 × 64 × 64 in 49 instead of 107 (oneDNN: 56).
 """
 
 from __future__ import annotations
