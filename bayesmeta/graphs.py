@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import light_buffers
-from .rewriting import PRODUCT, overwritten, products, rewritten
+from .rewriting import LOWERED, overwritten, products, rewritten
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -43,6 +43,8 @@ KEPT = 2**28  # bytes of freed memory that stay with the process
 LITTLE = 2**25  # bytes of all results together, up to which a graph takes its memory in one piece; larger pieces do not stay in the cache
 NUMBERS = (int, float, str)  # numpy's are such, too
 PLAIN, CHANGING = {bool, int, float, str, type(None)}, {"training", "gradient_evaluations"}  # a set is looked into faster
+SETTLED = 6  # calls in a row; of the first ones of a training step what is written over are copies
+MOST_RECORDINGS = 20  # of one graph, where what it writes over is elsewhere again and again
 SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for longest goes first
 
 
@@ -101,25 +103,37 @@ def keep_freed_memory() -> None:
 class Recorded:
     """The run of a graph on a GPU as one launch: its kernels are recorded once, with its inputs copied to where they stood then.
 
-    The next call writes over the results. Where the kernels cannot be recorded (``why_not``) they are launched one by one. ``run``: what
-    does the operations of ``module``.
+    The next call writes over the results. Inputs that the graph writes over are taken where they stand once they have stood there for
+    `SETTLED` calls; the kernels are recorded anew then. Where they cannot be recorded (``why_not``) they are launched one by one.
+    ``run``: what does the operations of ``module``.
     """
 
     def __init__(self, run: Run, module: GraphModule, inputs: Sequence[Tensor]) -> None:
-        self.run, self.standing = run, [v.clone(memory_format=torch.contiguous_format) for v in inputs]
-        kinds = {(v.dtype, v.device) for v in inputs}
+        self.run, self.standing = run, [_kept(v) for v in inputs]
+        self._kinds = [(v.dtype, v.device) for v in inputs]
         self._written = overwritten(module)
-        self._alike = [[i for i, v in enumerate(inputs) if (v.dtype, v.device) == kind] for kind in kinds]  # are copied in one go
+        self._moving = [*range(len(inputs))]  # are copied
+        self._last: list[Any] = []  # where what is written over stood in the last call
+        self._in_a_row = 0  # calls in which it stood there
+        self.recordings = 0
         self.recording: torch.cuda.CUDAGraph | None = None
         self.results: Sequence[Any] = ()
         self.why_not = obstacle(module, inputs)
+        self._sort()
         if self.why_not is None:
+            here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            stream.wait_stream(here)
+            with torch.no_grad(), torch.cuda.stream(stream):
+                run(*self.standing)  # libraries set themselves up
+            here.wait_stream(stream)
             self._record()
         if self.why_not is not None:
             log.info("a graph's kernels are launched one by one: %s", self.why_not)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Any]:
         """What the graph gives for ``inputs``."""
+        if self.recording is not None and self._written:
+            self._settle(inputs)
         for which in self._alike:
             torch._foreach_copy_([self.standing[i] for i in which], [inputs[i] for i in which])
         results = self.results
@@ -127,17 +141,42 @@ class Recorded:
             results = self.run(*self.standing)
         else:
             self.recording.replay()
-        if self._written:
-            torch._foreach_copy_([inputs[i] for i in self._written], [self.standing[i] for i in self._written])
+            results = self.results
+        if self._back:
+            torch._foreach_copy_([inputs[i] for i in self._back], [self.standing[i] for i in self._back])
         return results
 
+    def _settle(self, inputs: Sequence[Tensor]) -> None:
+        """Takes what is written over where it stands, or no longer."""
+        places = [(inputs[i].data_ptr(), inputs[i].stride()) for i in self._written]
+        self._in_a_row = self._in_a_row + 1 if places == self._last else 0
+        self._last = places
+        taken = len(self._moving) < len(inputs)
+        if taken and not self._in_a_row:
+            self._moving = [*range(len(inputs))]
+            for i in self._written:
+                self.standing[i] = _kept(inputs[i])
+        elif not taken and self._in_a_row == SETTLED and self.recordings < MOST_RECORDINGS:
+            if not all(inputs[i].is_contiguous() for i in self._written):
+                return
+            self._moving = [i for i in self._moving if i not in self._written]
+            for i in self._written:
+                self.standing[i] = inputs[i].detach()
+        else:
+            return
+        self._sort()
+        self._record()
+
+    def _sort(self) -> None:
+        kinds = dict.fromkeys(self._kinds[i] for i in self._moving)
+        self._alike = [[i for i in self._moving if self._kinds[i] == kind] for kind in kinds]  # are copied in one go
+        self._back = [i for i in self._written if i in self._moving]
+
     def _record(self) -> None:
-        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-        stream.wait_stream(here)
-        with torch.no_grad(), torch.cuda.stream(stream):
-            self.run(*self.standing)  # libraries set themselves up
-        here.wait_stream(stream)
-        recording = torch.cuda.CUDAGraph()
+        """Recording runs nothing."""
+        here = torch.cuda.current_stream()
+        self.recording, recording = None, torch.cuda.CUDAGraph()
+        self.recordings += 1
         try:
             with torch.no_grad(), torch.cuda.graph(recording, capture_error_mode="thread_local"):
                 self.results = self.run(*self.standing)
@@ -145,8 +184,14 @@ class Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             self.why_not = first_lines(error)
+            self.standing, self._moving = [_kept(v) for v in self.standing], [*range(len(self.standing))]
+            self._sort()
             with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds, so that nothing takes the failed one for going on
                 torch.zeros((), device=self.standing[0].device)
+
+
+def _kept(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def obstacle(module: GraphModule, inputs: Sequence[Tensor]) -> str | None:
@@ -291,8 +336,8 @@ def _memory(module: GraphModule) -> float:
 
 def _is_pythons(node: Node) -> bool:
     name = str(node.target)
-    elsewhere = (node.target != PRODUCT and not name.startswith(("aten.", "prims.", "<built-in"))) or "linalg" in name or "median" in name
-    return node.op == "call_function" and (elsewhere or _is_random(node))
+    known = node.target in LOWERED or name.startswith(("aten.", "prims.", "<built-in"))
+    return node.op == "call_function" and (not known or "linalg" in name or "median" in name or _is_random(node))
 
 
 def _is_random(node: Node) -> bool:

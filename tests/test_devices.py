@@ -16,12 +16,13 @@ from torch.nn.utils import stateless
 from bayesmeta import Episode, HierarchicalModel, compiling, evaluate, meta_train, tasks
 from bayesmeta.agreement import difference, gradients_of
 from bayesmeta.compiled import Compiled
-from bayesmeta.graphs import Recorded, draw_noise_outside, obstacle, trace
+from bayesmeta.graphs import MOST_RECORDINGS, SETTLED, Recorded, draw_noise_outside, obstacle, trace
 from bayesmeta.learners import ABML, MAML, NUTS, BayesianBlackBox, ProtoNet
 from bayesmeta.likelihoods import Categorical, Gaussian
 from bayesmeta.meta_gradient import MetaGradient
 from bayesmeta.networks import PrototypeNetwork, WeightNetwork
 from bayesmeta.randomness import DRAWS, DrawnOnCPU, rng
+from bayesmeta.rewriting import overwrite
 
 from .conftest import episode, hyper_program, radon_program
 from .learners import test_contract as contract
@@ -437,3 +438,19 @@ def test_the_gpus_own_stream_is_left_alone():
     learner.meta_loss(e, generator=generator())
     learner.adapt(e.support).draws(4)
     assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+@gpu
+def test_what_a_recorded_graph_writes_over_is_taken_where_it_stands():
+    """Once it has stood there for some calls; where other tensors come, those before are left alone."""
+    graph = trace(lambda state, x: [state + x, (state * x).sum()], [torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")])
+    overwrite(graph, {0: 0})
+    run = Recorded(graph, graph, [torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")])
+    states, sums = [torch.full((3,), float(i), device="cuda") for i in range(3)], [[float(i)] * 3 for i in range(3)]
+    for call, which in enumerate([0] * (SETTLED + 4) + [1] * (SETTLED + 4) + [0, 1, 2] * 3 + [2] * 30 + [0, 1]):
+        x = torch.full((3,), 1.0 + call, device="cuda")
+        wanted = sum(value * (1.0 + call) for value in sums[which])
+        assert run(states[which], x)[-1].item() == wanted
+        sums[which] = [value + 1.0 + call for value in sums[which]]
+        assert [state.tolist() for state in states] == sums
+    assert run.why_not is None and 5 <= run.recordings <= MOST_RECORDINGS

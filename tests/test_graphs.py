@@ -56,9 +56,10 @@ def test_a_graph_of_many_numbers_takes_them_piece_by_piece(monkeypatch):
 def test_freed_memory_stays_with_the_process(kept):
     """Thirty arrays of 4 MiB, taken and given back again and again: their 30,000 pages are faulted in once, or each time."""
     script = f"""
-import resource, torch
+import ctypes, resource, torch
 from bayesmeta.graphs import keep_freed_memory
 
+ctypes.CDLL(None).mallopt(-3, 2**17)  # as the library starts; it may change that by itself
 if {kept}:
     keep_freed_memory()
 

@@ -5,14 +5,18 @@
     sums_of_products    sums over tasks taken within the product
     products            by code of our own
     long_sums           without what is constant in them, in two steps
+    divisions           multiplications in their place; what is slow and small once
+    passes              factors and sums taken elsewhere, so that a large tensor is gone over once less
     small_matrices      Cholesky's factors and solves of up to 3 × 3, written out
     overwriting         results that are put where inputs stand
     nodes               what is known of an operation of a graph
 """
 
 from . import products
+from .divisions import ONCE
 from .overwriting import overwrite, overwritten
 from .products import PRODUCT
 from .rules import rewritten
 
-__all__ = ["PRODUCT", "overwrite", "overwritten", "products", "rewritten"]
+LOWERED = (PRODUCT, ONCE)  # operations of our own, of which the compiler is told how they are done
+__all__ = ["LOWERED", "overwrite", "overwritten", "products", "rewritten"]

@@ -27,6 +27,11 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_real(node: Any) -> bool:
+    """Whether it is an operation that gives a tensor of real numbers on a CPU."""
+    return is_tensor(node) and node.op == "call_function" and node.meta["val"].is_floating_point() and node.meta["val"].device.type == "cpu"
+
+
 def shape(node: Any) -> tuple[int, ...]:
     """Of the tensor that a node gives; () where none is known."""
     return tuple(node.meta["val"].shape) if is_tensor(node) else ()

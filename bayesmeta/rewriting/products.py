@@ -60,7 +60,7 @@ def _fits(a: Any, b: Any) -> bool:
 @functools.cache
 def version() -> str:
     """Changes with what is written here: the compiler's disk cache has to keep what was made of it apart."""
-    files = [importlib.resources.files(__package__).joinpath(name) for name in ("products.h", "products.py")]
+    files = [importlib.resources.files(__package__).joinpath(name) for name in ("products.h", "products.py", "divisions.py")]
     return "products " + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

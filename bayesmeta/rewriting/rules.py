@@ -25,10 +25,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import small_matrices
+from .divisions import add_up_for_means, divide_less
 from .long_sums import shorten_sums
 from .nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .overwriting import give_back, overwrite
+from .passes import pass_less
 from .products import multiply_here
+from .repeats import work_out_once
 from .sharing import shared
 from .sums_of_products import add_up_within_products
 
@@ -79,7 +82,9 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
     """A copy of ``module``, in which nothing may be written over in place: these rules change which numbers share a place."""
     whole = shared(module)
     graph = whole.graph
+    work_out_once(graph)
     note_values(whole, module)
+    add_up_for_means(graph)
     add_up_within_products(graph)
     note_values(whole, module)
     for node in list(graph.nodes):
@@ -94,6 +99,11 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         multiply_here(node)
     shorten_sums(graph)
+    graph.eliminate_dead_code()
+    note_values(whole, module)
+    divide_less(graph)
+    work_out_once(graph)
+    pass_less(graph)
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
         _keep_order(node)

@@ -26,6 +26,7 @@ aten = torch.ops.aten
 Axes = frozenset[int]
 Copied = tuple[Node, Axes]  # a node's copy, and its thin axes
 NONE: Axes = frozenset()
+SMALL = 8  # how much smaller than the product a factor is that may be copied
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 MEANS = (aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default)
 
@@ -229,6 +230,9 @@ class _Thin:
         """
         while node.op == "call_function" and node.target in SAME:
             node = node.args[0]
+        if (stands := transposed_from(node)) is not None:
+            found = self._spread_from(stands)
+            return found and (self._call(aten.transpose.int, found[0], 1, 2), found[1])
         if node.op != "call_function" or node.target not in RESHAPES:
             return None
         x = node.args[0]
@@ -246,21 +250,27 @@ class _Thin:
         return self._spread_from(node)
 
     def _many_rows(self, a: Any, b: Any) -> Node | None:
-        """A_t @ W for all t: the rows of all A_t behind each other. Not where A is a transpose, which would have to be copied."""
-        if self.thin[a] or transposed_from(a) is not None or (once := self._once(b)) is None:
+        """A_t @ W for all t: the rows of all A_t behind each other. Not where A is large and a transpose, to be copied."""
+        if self.thin[a]:
             return None
         (batch, rows, inner), columns = shape(a), shape(b)[-1]
+        if (transposed_from(a) is not None and inner * SMALL > columns) or (once := self._once(b)) is None:
+            return None
         w, times = once
         return self._rows_by(self.new[a], w, times, batch, rows, inner, columns)
 
     def _many_columns(self, a: Any, b: Any) -> Node | None:
-        """W @ B_t for all t, as (B_tᵀ @ Wᵀ)ᵀ where B_tᵀ stands there as it is."""
-        if self.thin[b] or (stands := transposed_from(b)) is None or self.thin[stands] or (once := self._once(a)) is None:
-            return None
+        """W @ B_t for all t, as (B_tᵀ @ Wᵀ)ᵀ where B_tᵀ stands there as it is, or is small."""
+        stands = transposed_from(b)
         (batch, rows, inner), columns = shape(a), shape(b)[-1]
+        if self.thin[b] or (stands is not None and self.thin[stands]) or (stands is None and inner * SMALL > rows):
+            return None
+        if (once := self._once(a)) is None:
+            return None
         w, times = once
         turned = self._call(aten.transpose.int, w, 1, 2)
-        return self._call(aten.transpose.int, self._rows_by(self.new[stands], turned, times, batch, columns, inner, rows), 1, 2)
+        right = self._call(aten.transpose.int, self.new[b], 1, 2) if stands is None else self.new[stands]
+        return self._call(aten.transpose.int, self._rows_by(right, turned, times, batch, columns, inner, rows), 1, 2)
 
     def _rows_by(self, a: Node, w: Node, times: int, batch: int, rows: int, inner: int, columns: int) -> Node:
         if times == 1:

@@ -245,6 +245,60 @@ def shape_of(module, node):
     return node.args[1]
 
 
+def test_sums_over_tasks_and_over_particles_of_what_is_linear_in_products():
+    """As in the gradient of particles: A_t θ and its mean over particles are wanted for θ, and only summed over tasks."""
+
+    def function(theta, a, scale, other):
+        product = a @ theta.expand(T, -1, -1)  # (T, particles, D)
+        turned = (theta.mT.expand(T, -1, -1) @ a).mT
+        moved = scale[:, None, None] * (product + turned).transpose(0, 1).transpose(0, 1) / 2
+        return [(other + product - moved.mean(1, keepdim=True)).sum(0), -turned.sum(1)]
+
+    inputs = tensor(K, 80), tensor(T, K, K), tensor(T), tensor(T, K, 80)
+    _, fast = both(function, *inputs)
+    note_values(fast, trace(function, list(inputs)))
+    products = [shape(node) for node in fast.graph.nodes if node.target in (aten.mm.default, aten.bmm.default)]
+    assert products
+    assert (T, K, 80) not in products and (T * K, 80) not in products  # never written down
+
+
+def test_sums_along_a_part_of_the_rows():
+    def function(a, b):
+        rows = (a @ b).reshape(2, T, 3, OUT)
+        return [rows.sum(0), rows.sum(1), rows.sum(2)]
+
+    graph, fast = both(function, tensor(2 * T * 3, K), tensor(K, OUT))
+    note_values(fast, graph)
+    assert {shape(node)[0] for node in fast.graph.find_nodes(op="call_function", target=aten.mm.default)} == {T * 3, 2 * 3, 2 * T}
+
+
+def random_sums(seed):
+    """Sums of what is linear, or nearly so, in products for particles and tasks, put together as ``seed`` says."""
+    draw = torch.Generator().manual_seed(seed)
+    steps = [tuple(int(torch.randint(n, (), generator=draw)) for n in (10, 4, 4, 4)) for _ in range(8)]
+    axes = [int(torch.randint(4, (), generator=draw)) for _ in range(8)]
+
+    def program(x, w, f):
+        pool = [x, (x.mT @ x.flip(1)), (x.flatten(0, 1) @ w).view(2, T, 4, 4), x @ w.expand(2, T, 4, 4)]
+        for kind, first, second, place in steps:
+            a, b = pool[first], pool[second]
+            kinds = (
+                lambda a, b: a + b, lambda a, b: a - f[:, None, None] * b, lambda a, b: (a.flatten(0, 1).mT @ b.flatten(0, 1)).view_as(a),
+                lambda a, b: a @ b, lambda a, b: -(a.mT) + b / 3, lambda a, b: a.transpose(0, 1).reshape(T, 2, 16).mT.reshape_as(a),
+                lambda a, b: torch.cat([a[..., :1], b[..., 1:]], 3), lambda a, b: a * w + b.sum(1, keepdim=True),
+                lambda a, b: a + w[0], lambda a, b: (a.flatten(0, 2) @ w).view_as(a) * 0.5,
+            )  # fmt: skip
+            pool[place] = kinds[kind](a, b)
+        return [pool[axis].sum(axes[4 + axis]) for axis in range(4)] + [pool[axes[0]].sum(0).sum(0)]
+
+    return program
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_sums_stay_what_they_are(seed):
+    both(random_sums(seed), tensor(2, T, 4, 4) / 4, tensor(4, 4) / 4, tensor(T))
+
+
 def test_what_somebody_else_wants_is_not_summed_away():
     def function(x, g):
         own = g.mT @ x

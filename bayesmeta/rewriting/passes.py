@@ -1,0 +1,104 @@
+"""Fewer passes over large tensors: rules for graphs of operations (`bayesmeta.rewriting`), on a CPU.
+
+    A (2 B)          →   (2 A) B            where A, or else the product, is much the smaller
+    cat(x, y) + z    →   cat(x + z₁, y + z₂)
+
+A product puts its result into memory; so does `cat`, to which the compiler copies what is there already. What is done to B on its way into
+a product, or to a gradient put together of its parts, was a pass of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .nodes import RESHAPES, SAME, TRANSPOSES, is_real, is_tensor, shape
+from .products import PRODUCT
+
+aten = torch.ops.aten
+PRODUCTS = (PRODUCT, aten.mm.default, aten.bmm.default)
+VIEWS = (*RESHAPES, *SAME, *TRANSPOSES)
+SMALLER = 8  # times
+MANY = 4096  # numbers, from which on a pass takes longer than the call of a kernel
+MOST = 12  # parts of a tensor that are gone through one by one
+
+
+def pass_less(graph: Graph) -> None:
+    """Changes ``graph``, in which nothing may be written over in place."""
+    for node in list(graph.nodes):
+        if not is_real(node):
+            continue
+        if node.target in PRODUCTS and not node.kwargs:
+            _take_factors_out(node)
+        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            _part_by_part(node)
+
+
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
+    made = graph.call_function(target, args)
+    made.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return made
+
+
+def _take_factors_out(product: Any) -> None:
+    sizes = [x.meta["val"].numel() for x in (*product.args, product)]
+    for i in range(2):
+        if sizes[i] < MANY or sizes[i] < SMALLER * min(sizes[1 - i], sizes[2]):
+            continue
+        factor, x, views = 1.0, product.args[i], list[Any]()
+        while x.op == "call_function" and not x.kwargs:
+            if x.target in VIEWS:
+                views.append(x)
+            elif x.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(x.args[1], int | float) and shape(x.args[0]) == shape(x):
+                factor *= x.args[1]
+            else:
+                break
+            x = x.args[0]
+        if factor == 1.0:
+            continue
+        with product.graph.inserting_before(product):
+            for view in reversed(views):
+                x = _call(product.graph, view.target, x, *view.args[1:])
+            args = [x if j == i else product.args[j] for j in range(2)]
+            if sizes[1 - i] <= sizes[2]:
+                args[1 - i] = _call(product.graph, aten.mul.Tensor, args[1 - i], factor)
+                factor = 1.0
+            product.args = tuple(args)
+        if factor != 1.0:
+            with product.graph.inserting_after(product):
+                scaled = _call(product.graph, aten.mul.Tensor, product, factor)
+            product.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+
+
+def _part_by_part(node: Any) -> None:
+    """What is done to the result of `cat`, and to nothing else of that size in memory, done to its parts."""
+    size = shape(node)
+    whole = [x for x in node.all_input_nodes if x.target == aten.cat.default and len(x.users) == 1 and shape(x) == size]
+    if len(whole) != 1 or node.kwargs or node.meta["val"].numel() < MANY:
+        return
+    (whole,) = whole
+    parts, dim = whole.args[0], (whole.args[1] if len(whole.args) > 1 else 0) % len(size)
+    others = [x for x in node.args if isinstance(x, Node) and x is not whole]
+    if not 1 < len(parts) <= MOST or not all(is_tensor(x) for x in (*parts, *others)) or sum(a is whole for a in node.args) != 1:
+        return
+    if any(p.meta["val"].dtype != whole.meta["val"].dtype for p in parts) or whole.meta["val"].dtype != node.meta["val"].dtype:
+        return
+    graph, done, start = node.graph, list[Node](), 0
+    with graph.inserting_before(node):
+        for part in parts:
+            end, args = start + shape(part)[dim], list[Any]()
+            for arg in node.args:
+                axis = dim - (len(size) - len(shape(arg))) if isinstance(arg, Node) else -1
+                if arg is whole:
+                    arg = part
+                elif axis >= 0 and shape(arg)[axis] > 1:
+                    arg = _call(graph, aten.slice.Tensor, arg, axis, start, end)
+                args.append(arg)
+            done.append(_call(graph, node.target, *args))
+            start = end
+        together = _call(graph, aten.cat.default, done, dim)
+    node.replace_all_uses_with(together)
+    graph.erase_node(node)
+    graph.erase_node(whole)
