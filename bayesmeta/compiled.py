@@ -54,9 +54,9 @@ class Compiled(AbstractAdapter):
     """``adapter`` with its `adapt` traced and compiled at the first call with a new shape, which takes 5–40 seconds.
 
     The posterior is ``adapter``'s own to rounding, from the same random numbers; every new graph is held to it once. What cannot be traced
-    (a flow, whose posterior is a network; an ensemble's mixture) stays eager, and a RuntimeWarning says why, but of learners that say so
-    themselves (``why_eager``). Only for adaptation: train ``adapter`` itself. ``mode``: True; or "auto", which waits until a shape's eager
-    calls have taken as long as compiling does.
+    (a flow, whose posterior is a network) stays eager, and a RuntimeWarning says why, but of learners that say so themselves
+    (``why_eager``); of an ensemble each member's own `adapt` is compiled. Only for adaptation: train ``adapter`` itself. ``mode``: True;
+    or "auto", which waits until a shape's eager calls have taken as long as compiling does.
     """
 
     def __init__(self, adapter: AbstractAdapter, *, mode: bool | str = True, backend: Backend | None = None) -> None:
@@ -71,6 +71,9 @@ class Compiled(AbstractAdapter):
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
         """As the adapter's own."""
+        if self.adapter.members:
+            adapt: Any = self.adapter.adapt
+            return adapt(support, generator=generator, compile=self.mode)
         points, kept = self.adapter.prepared(support), self._kept
         given = self.model.theta_given  # a draw of θ that a posterior over θ stands at
         data, state = [v.contiguous() for v in (*points, given) if v is not None], self._state()

@@ -13,7 +13,7 @@ from torch import nn
 
 import bayesmeta.compiled
 from bayesmeta import Compiled, HierarchicalModel, evaluate
-from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, NoPooling, Reptile
+from bayesmeta.learners import ABML, BMAML, LLAMA, MAML, PLATIPUS, BayesianBlackBox, BlackBox, Ensemble, NoPooling, Reptile
 from bayesmeta.learners.base import AbstractAdapter
 from bayesmeta.likelihoods import Gaussian
 from bayesmeta.networks import NormalPrior, WeightNetwork
@@ -46,6 +46,22 @@ def as_traced(module, inputs):
 
 def seeded():
     return torch.Generator().manual_seed(3)
+
+
+def test_of_an_ensemble_each_member_is_compiled(float64, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(bayesmeta.compiled, "inductor", lambda module, inputs: graphs.append(module) or module)
+    ensemble = Ensemble(network(), lambda m: ABML(m, inner_steps=2, inner_lr=0.01), size=2, seed=1)
+    support = episode().support
+    wanted = ensemble.adapt(support, generator=seeded())
+    found = [ensemble.adapt(support, generator=seeded(), compile=True) for _ in range(2)]
+    for one in (*found, Compiled(ensemble).adapt(support, generator=seeded())):
+        for ours, eager in zip(one.components, wanted.components, strict=True):
+            torch.testing.assert_close(ours.draws(5, generator=seeded()), eager.draws(5, generator=seeded()), rtol=1e-9, atol=1e-9)
+    assert len(graphs) == 2
+    assert not torch.equal(*(part.mean for part in wanted.components))
+    with pytest.raises(ValueError, match="compile: expected True, False or 'auto', got 1"):
+        ensemble.adapt(support, compile=1)
 
 
 @pytest.mark.parametrize("model", [lambda: HierarchicalModel(radon_program), network], ids=["radon", "network"])

@@ -23,21 +23,28 @@ from ..randomness import rng
 
 def _compilable(adapt: Callable[..., Posterior]) -> Callable[..., Posterior]:
     """``adapt`` with ``compile=``, which counts in the call from outside: not where another ``adapt`` of the learner's calls this one."""
+    known = inspect.signature(adapt)
+    if "compile" in known.parameters:  # it sees to it itself
+        return adapt
 
     @functools.wraps(adapt)
     def either(self: AbstractAdapter, support: Points, *args: Any, compile: bool | str = False, **keywords: Any) -> Posterior:
-        if not isinstance(compile, bool) and compile != "auto":
-            raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
-        if compile is False or type(self).adapt is not either:
+        if checked_compile(compile) is False or type(self).adapt is not either:
             return adapt(self, support, *args, **keywords)
         return type(self).compiled_by(self, compile).adapt(support, *args, **keywords)
 
-    known = inspect.signature(adapt)
     more = inspect.Parameter("compile", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool | str")
     order = sorted([*known.parameters.values(), more], key=lambda p: p.kind)  # `**keywords` come last
     either.__signature__ = known.replace(parameters=order)  # type: ignore[attr-defined]  # for `help`
     either.takes_compile = True  # type: ignore[attr-defined]
     return either
+
+
+def checked_compile(compile: bool | str) -> bool | str:
+    """``compile`` where it is True, False or "auto", else ValueError."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+    return compile
 
 
 class AbstractAdapter(nn.Module, ABC):

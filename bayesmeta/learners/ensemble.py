@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ..episodes import Episode, Points
 from ..model import HierarchicalModel
 from ..posteriors import MixturePosterior
 from ..randomness import rng
-from .base import AbstractMetaLearner, checked_steps
+from .base import AbstractMetaLearner, checked_compile, checked_steps
 
 
 class Ensemble(AbstractMetaLearner):
@@ -43,11 +44,13 @@ class Ensemble(AbstractMetaLearner):
             models[k].reinitialise(seed + k, jitter=jitter)
         self.members = nn.ModuleList(make(one) for one in models)  # type: ignore[assignment]
 
-    def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> MixturePosterior:
-        """The mixture of the members' posteriors."""
+    def adapt(self, support: Points, *, generator: torch.Generator | None = None, compile: bool | str = False) -> MixturePosterior:
+        """The mixture of the members' posteriors; ``compile`` is for each of them."""
+        checked_compile(compile)
         self.materialise(support)
         with rng(generator):
-            return MixturePosterior([member.adapt(support) for member in self.members])
+            adapting: list[Any] = [member.adapt for member in self.members]  # each takes ``compile``, without mentioning it
+            return MixturePosterior([adapt(support, compile=compile) for adapt in adapting])
 
     def meta_loss(self, episode: Episode, *, generator: torch.Generator | None = None) -> Tensor:
         """The mean of the members' losses, ``(T,)``."""
