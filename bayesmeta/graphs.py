@@ -181,13 +181,15 @@ class Recorded:
             with torch.no_grad(), torch.cuda.graph(recording, capture_error_mode="thread_local"):
                 self.results = self.run(*self.standing)
             self.recording = recording
-        except RuntimeError as error:
+        except BaseException as error:
             torch.cuda.set_stream(here)
             self.why_not = first_lines(error)
             self.standing, self._moving = [_kept(v) for v in self.standing], [*range(len(self.standing))]
             self._sort()
             with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds, so that nothing takes the failed one for going on
                 torch.zeros((), device=self.standing[0].device)
+            if not isinstance(error, RuntimeError):  # an interrupt, say; the next call finds everything in order
+                raise
 
 
 def _kept(value: Tensor) -> Tensor:
@@ -303,7 +305,7 @@ def gap(found: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
     return most / size if size else math.inf * most if most else 0.0
 
 
-def first_lines(error: Exception) -> str:
+def first_lines(error: BaseException) -> str:
     """The error's text in one line, shortened; of a value that Python looks at, what that means."""
     text = str(error).strip()
     if "value out of a tracing tensor" in text:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES, SAME, TRANSPOSES, is_real, is_tensor, shape
+from .nodes import RESHAPES, SAME, TRANSPOSES, call, is_real, is_tensor, shape
 
 aten = torch.ops.aten
 DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
@@ -30,6 +30,7 @@ SLOW = {
 VIEWS = (*RESHAPES, *SAME, *TRANSPOSES, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default)
 TIMES = 8  # so often repeated a result must be to be put into memory
 MANY = 4096  # numbers of the larger one, at least: smaller ones take less than the call of another kernel
+EXACT = (torch.float32, torch.float64)  # types of which a sum does not overflow where a mean does not
 RANGE = (1e-30, 1e30)  # numbers that have a reciprocal of all digits
 
 _library = torch.library.Library("bayesmeta", "FRAGMENT")
@@ -44,9 +45,10 @@ def add_up_for_means(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.mean.dim):
         x, axes, *keep = node.args
         size = shape(x)
-        if node.kwargs or not size or not axes or 0 in size or not is_tensor(node):
+        if node.kwargs or not size or not axes or 0 in size or not is_tensor(node) or node.meta["val"].dtype not in EXACT:
             continue
-        total = _call(node, aten.sum.dim_IntList, x, axes, *keep)
+        with graph.inserting_before(node):
+            total = call(graph, aten.sum.dim_IntList, x, axes, *keep)
         node.target, node.args = aten.mul.Tensor, (total, 1.0 / math.prod(size[axis] for axis in axes))
 
 
@@ -61,21 +63,14 @@ def divide_less(graph: Graph) -> None:
 
 def _multiply(node: Any) -> None:
     x, by = node.args
-    call = functools.partial(_call, node)
     if not is_tensor(x) or x.meta["val"].dtype != node.meta["val"].dtype:
         return
     if isinstance(by, int | float):
         if RANGE[0] < abs(by) < RANGE[1]:
             node.target, node.args = aten.mul.Tensor, (x, 1.0 / by)
     elif is_tensor(by) and by.meta["val"].dtype == x.meta["val"].dtype and _repeated(by, node):
-        node.target, node.args = aten.mul.Tensor, (x, call(aten.reciprocal.default, by))
-
-
-def _call(before: Node, target: Any, *args: Any) -> Node:
-    with before.graph.inserting_before(before):
-        made = before.graph.call_function(target, args)
-    made.meta["val"] = target(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
-    return made
+        with node.graph.inserting_before(node):
+            node.target, node.args = aten.mul.Tensor, (x, call(node.graph, aten.reciprocal.default, by))
 
 
 def _repeated(small: Any, large: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 aten = torch.ops.aten
@@ -35,6 +36,13 @@ def is_real(node: Any) -> bool:
 def shape(node: Any) -> tuple[int, ...]:
     """Of the tensor that a node gives; () where none is known."""
     return tuple(node.meta["val"].shape) if is_tensor(node) else ()
+
+
+def call(graph: Graph, target: Any, *args: Any) -> Node:
+    """A new operation where ``graph`` inserts, and what its tensor is like noted: that of all ``args`` must be known."""
+    made = graph.call_function(target, args)
+    made.meta["val"] = target(*map_arg(args, lambda node: node.meta["val"]))
+    return made
 
 
 def order(node: Any) -> list[int]:

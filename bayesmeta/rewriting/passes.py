@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES, SAME, TRANSPOSES, is_real, is_tensor, shape
+from .nodes import RESHAPES, SAME, TRANSPOSES, call, is_real, is_tensor, shape
 from .products import PRODUCT
 
 aten = torch.ops.aten
@@ -22,24 +22,20 @@ PRODUCTS = (PRODUCT, aten.mm.default, aten.bmm.default)
 VIEWS = (*RESHAPES, *SAME, *TRANSPOSES)
 SMALLER = 8  # times
 MANY = 4096  # numbers, from which on a pass takes longer than the call of a kernel
+MORE = 200  # operations on parts, up to which there may be more for it
 MOST = 12  # parts of a tensor that are gone through one by one
 
 
 def pass_less(graph: Graph) -> None:
     """Changes ``graph``, in which nothing may be written over in place."""
+    more = 0
     for node in list(graph.nodes):
         if not is_real(node):
             continue
         if node.target in PRODUCTS and not node.kwargs:
             _take_factors_out(node)
-        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            _part_by_part(node)
-
-
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    made = graph.call_function(target, args)
-    made.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return made
+        elif torch.Tag.pointwise in getattr(node.target, "tags", ()) and more < MORE:
+            more += _part_by_part(node)
 
 
 def _take_factors_out(product: Any) -> None:
@@ -51,7 +47,7 @@ def _take_factors_out(product: Any) -> None:
         while x.op == "call_function" and not x.kwargs:
             if x.target in VIEWS:
                 views.append(x)
-            elif x.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(x.args[1], int | float) and shape(x.args[0]) == shape(x):
+            elif x.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(x.args[1], int | float) and _alike(x.args[0], x):
                 factor *= x.args[1]
             else:
                 break
@@ -60,31 +56,37 @@ def _take_factors_out(product: Any) -> None:
             continue
         with product.graph.inserting_before(product):
             for view in reversed(views):
-                x = _call(product.graph, view.target, x, *view.args[1:])
+                x = call(product.graph, view.target, x, *view.args[1:])
             args = [x if j == i else product.args[j] for j in range(2)]
             if sizes[1 - i] <= sizes[2]:
-                args[1 - i] = _call(product.graph, aten.mul.Tensor, args[1 - i], factor)
+                args[1 - i] = call(product.graph, aten.mul.Tensor, args[1 - i], factor)
                 factor = 1.0
             product.args = tuple(args)
         if factor != 1.0:
             with product.graph.inserting_after(product):
-                scaled = _call(product.graph, aten.mul.Tensor, product, factor)
+                scaled = call(product.graph, aten.mul.Tensor, product, factor)
             product.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
 
 
-def _part_by_part(node: Any) -> None:
-    """What is done to the result of `cat`, and to nothing else of that size in memory, done to its parts."""
+def _alike(one: Any, other: Any) -> bool:
+    return is_tensor(one) and shape(one) == shape(other) and one.meta["val"].dtype == other.meta["val"].dtype
+
+
+def _part_by_part(node: Any) -> int:
+    """What is done to the result of `cat`, which nobody else wants, done to its parts; how many operations that makes."""
     size = shape(node)
     whole = [x for x in node.all_input_nodes if x.target == aten.cat.default and len(x.users) == 1 and shape(x) == size]
-    if len(whole) != 1 or node.kwargs or node.meta["val"].numel() < MANY:
-        return
+    if len(whole) != 1 or node.kwargs or whole[0].kwargs or node.meta["val"].numel() < MANY:
+        return 0
     (whole,) = whole
     parts, dim = whole.args[0], (whole.args[1] if len(whole.args) > 1 else 0) % len(size)
     others = [x for x in node.args if isinstance(x, Node) and x is not whole]
     if not 1 < len(parts) <= MOST or not all(is_tensor(x) for x in (*parts, *others)) or sum(a is whole for a in node.args) != 1:
-        return
-    if any(p.meta["val"].dtype != whole.meta["val"].dtype for p in parts) or whole.meta["val"].dtype != node.meta["val"].dtype:
-        return
+        return 0
+    if any(p.meta["val"].dtype != whole.meta["val"].dtype or len(shape(p)) != len(size) for p in parts):
+        return 0
+    if whole.meta["val"].dtype != node.meta["val"].dtype:
+        return 0
     graph, done, start = node.graph, list[Node](), 0
     with graph.inserting_before(node):
         for part in parts:
@@ -94,11 +96,12 @@ def _part_by_part(node: Any) -> None:
                 if arg is whole:
                     arg = part
                 elif axis >= 0 and shape(arg)[axis] > 1:
-                    arg = _call(graph, aten.slice.Tensor, arg, axis, start, end)
+                    arg = call(graph, aten.slice.Tensor, arg, axis, start, end)
                 args.append(arg)
-            done.append(_call(graph, node.target, *args))
+            done.append(call(graph, node.target, *args))
             start = end
-        together = _call(graph, aten.cat.default, done, dim)
+        together = call(graph, aten.cat.default, done, dim)
     node.replace_all_uses_with(together)
     graph.erase_node(node)
     graph.erase_node(whole)
+    return len(parts)

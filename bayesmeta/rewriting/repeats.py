@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from .nodes import RESHAPES
+
 
 def work_out_once(graph: Graph) -> None:
     """Changes ``graph``, in which nothing may be written over in place."""
     found: dict[Any, Node] = {}
+    given = _given(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op != "call_function" or node in given or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
         key = (node.target, _fixed(node.args), _fixed(node.kwargs))
         first = found.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _given(graph: Graph) -> set[Node]:
+    """The results, and what they are views of: each in a place of its own, for somebody may write over one of them."""
+    found, todo = set[Node](), list(graph.output_node().all_input_nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+            if node.target is operator.getitem or node.target in RESHAPES or any(value.alias_info for value in returns):
+                todo += node.all_input_nodes
+    return found
 
 
 def _fixed(value: Any) -> Any:

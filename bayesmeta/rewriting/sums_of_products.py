@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES, SAME, TRANSPOSES, groups, order, shape, transposed_from
+from .nodes import RESHAPES, SAME, TRANSPOSES, call, groups, is_tensor, order, shape, transposed_from
 
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList
@@ -52,7 +52,7 @@ def add_up_within_products(graph: Graph) -> None:
         with graph.inserting_before(node):
             total = sums.of(x, over)
             if not (rest and rest[0]):
-                total = graph.call_function(aten.squeeze.dim, (total, over.axis))
+                total = call(graph, aten.squeeze.dim, total, over.axis)
         node.replace_all_uses_with(total)
         graph.erase_node(node)
 
@@ -84,43 +84,43 @@ class _Sums:
         return self.made[node, over]
 
     def _of(self, node: Any, over: Axis, depth: int) -> Node:
-        call, size = self.graph.call_function, shape(node)
+        graph, size = self.graph, shape(node)
         left = [over.left if d == over.axis else n for d, n in enumerate(size)]
         if (pair := self._by_pairs(node, over)) is not None:
-            a, b = (call(aten.reshape.default, (x, [over.before, -1, shape(x)[-1]])) for x in pair)
+            a, b = (call(graph, aten.reshape.default, x, [over.before, -1, shape(x)[-1]]) for x in pair)
             if over.before == 1:
-                a, b = (call(aten.select.int, (x, 0, 0)) for x in (a, b))
-                total = call(aten.mm.default, (call(aten.t.default, (a,)), b))
+                a, b = (call(graph, aten.select.int, x, 0, 0) for x in (a, b))
+                total = call(graph, aten.mm.default, call(graph, aten.t.default, a), b)
             else:
-                total = call(aten.bmm.default, (call(aten.transpose.int, (a, 1, 2)), b))
-            return call(aten.reshape.default, (total, left))
+                total = call(graph, aten.bmm.default, call(graph, aten.transpose.int, a, 1, 2), b)
+            return call(graph, aten.reshape.default, total, left)
         if self._by_rows(node, over):
             a, b = node.args
-            return call(node.target, (self._plainly(a, over), b))
+            return call(graph, node.target, self._plainly(a, over), b)
         parts = self._parts(node, over) or []
         if depth == DEEPEST or not any(along and self.reaches_product(x, along, depth + 1) for x, along in parts):
             return self._plainly(node, over)
         times = size[over.axis] // over.left
-        totals = [self.of(x, along, depth + 1) if along else call(aten.mul.Tensor, (x, times)) for x, along in parts]
+        totals = [self.of(x, along, depth + 1) if along else call(graph, aten.mul.Tensor, x, times) for x, along in parts]
         if node.target in RESHAPES:
-            return call(aten.reshape.default, (totals[0], left))
+            return call(graph, aten.reshape.default, totals[0], left)
         if node.target in TRANSPOSES:
-            return call(node.target, (totals[0], *node.args[1:]))
+            return call(graph, node.target, totals[0], *node.args[1:])
         if node.target in SAME:
             return totals[0]
         if node.target == aten.cat.default:
-            return call(node.target, (totals, *node.args[1:]))
+            return call(graph, node.target, totals, *node.args[1:])
         if node.target in SCALED:
-            return call(node.target, tuple(totals[0] if arg is parts[0][0] else arg for arg in node.args))
-        return call(node.target, tuple(totals))
+            return call(graph, node.target, *(totals[0] if arg is parts[0][0] else arg for arg in node.args))
+        return call(graph, node.target, *totals)
 
     def _plainly(self, x: Any, over: Axis) -> Node:
-        call, size, (axis, before, after) = self.graph.call_function, shape(x), over
+        graph, size, (axis, before, after) = self.graph, shape(x), over
         if over.left == 1:
-            return call(SUM, (x, [axis], True))
+            return call(graph, SUM, x, [axis], True)
         apart = [*size[:axis], before, size[axis] // over.left, after, *size[axis + 1 :]]
-        total = call(SUM, (call(aten.reshape.default, (x, apart)), [axis + 1]))
-        return call(aten.reshape.default, (total, [*size[:axis], over.left, *size[axis + 1 :]]))
+        total = call(graph, SUM, call(graph, aten.reshape.default, x, apart), [axis + 1])
+        return call(graph, aten.reshape.default, total, [*size[:axis], over.left, *size[axis + 1 :]])
 
     def _goes_away(self, node: Any) -> bool:
         """Whether nobody wants ``node``, a result of an operation, but for the sum, or other sums."""
@@ -128,7 +128,9 @@ class _Sums:
 
     def _parts(self, node: Any, over: Axis) -> list[tuple[Node, Axis | None]] | None:
         """What ``node`` is a linear function of, each with the axis there; None of one that is the same for all. None where it is not."""
-        if not self._goes_away(node):
+        if node.target not in LINEAR or not self._goes_away(node):
+            return None
+        if not all(is_tensor(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.all_input_nodes):
             return None
         size, target, axis = shape(node), node.target, over.axis
         if target in ADDED and not node.kwargs:

@@ -98,6 +98,28 @@ def test_what_is_worked_out_twice_is_worked_out_once():
     assert zeros[0].signbit().all() and not zeros[1].signbit().any()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x * 2.0, x * 2.0],
+        lambda x: [torch.zeros_like(x), torch.zeros_like(x)],
+        lambda x: [x.clone().t(), x.clone().reshape(-1), (x + 1.0)[1:], x + 1.0],
+        lambda x: [*x.exp().split(2), x.exp()],
+    ],
+)
+def test_two_results_stay_two_tensors(function):
+    """Somebody may write over one of them."""
+    x = tensor(4, 4)
+    places = [value.untyped_storage().data_ptr() for value in trace(function, [x])(x)]
+    found = [value.untyped_storage().data_ptr() for value in both(function, x)(x)]
+    assert [a == b for a in found for b in found] == [a == b for a in places for b in places]
+
+
+def test_means_of_coarse_numbers_do_not_overflow():
+    x = torch.full((1000, 64), 200.0, dtype=torch.float16)
+    assert (rewritten(trace(lambda x: [x.mean(0)], [x]))(x)[0] == 200).all()
+
+
 def test_numbers_drawn_twice_are_two_draws():
     graph = rewritten(trace(lambda p: [torch.bernoulli(p), torch.bernoulli(p)], [torch.full((500,), 0.5)]))
     assert not torch.equal(*graph(torch.full((500,), 0.5)))

@@ -51,6 +51,11 @@ def test_factors_of_small_things_stay():
     assert scaled(both(lambda a, b: [a @ (2.5 * b)], a, b)) == [(3, 5, 40)]
 
 
+@pytest.mark.parametrize("function", [lambda n, w: [(n * 0.5) @ w], lambda n, w: [((n > 3).view(-1, 64) * 2.0) @ w]])
+def test_factors_that_make_numbers_real_stay(function):
+    both(function, torch.randint(0, 9, (500, 64), generator=torch.Generator().manual_seed(0)), tensor(64, 4, dtype=torch.float32))
+
+
 def parts(module):
     return [shape(node) for node in module.graph.nodes if node.target in (aten.add.Tensor, aten.mul.Tensor, aten.exp.default)]
 
@@ -64,6 +69,25 @@ def test_what_is_done_to_a_whole_is_done_to_its_parts():
     fast = both(function, *inputs)
     assert (60, 100) not in parts(fast)
     assert {(60, 40), (60, 59), (60, 1)} <= set(parts(fast))
+
+
+def test_long_chains_stay_what_they_are():
+    """Each operation on parts is as many operations."""
+
+    def function(*values):
+        whole = torch.cat(values[:-1], 1)
+        for _ in range(100):
+            whole = (whole + values[-1]).tanh()
+        return [whole]
+
+    inputs = [tensor(70, 20) for _ in range(8)] + [tensor(160)]
+    graph = trace(function, inputs)
+    assert len(both(function, *inputs).graph.nodes) < len(graph.graph.nodes) + 600
+
+
+def test_an_empty_part_of_one_axis():
+    """As torch allows it."""
+    both(lambda e, x: [torch.cat([e, x], 1) + 1.0, torch.cat([e, x], 0) * x[0]], tensor(0), tensor(100, 64))
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,24 @@ def test_sums_along_a_part_of_the_rows():
     assert {shape(node)[0] for node in fast.graph.find_nodes(op="call_function", target=aten.mm.default)} == {T * 3, 2 * 3, 2 * T}
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y, a, b: [(torch.bmm(x.mT, y).sum(0) + a @ b).sum(0)],
+        lambda x, y, a, b: [(torch.bmm(x.mT, y).sum(0) * (a @ b)).sum(0), (torch.bmm(x.mT, y).sum(0, keepdim=True) * (a @ b)).sum(1)],
+        lambda x, y, a, b: [torch.bmm(torch.bmm(x.mT, y).sum(1, keepdim=True).mT, y[:, :1]).sum(0)],
+        lambda x, y, a, b: [((x.mT @ y).sum(0) - 2.0 * (x.mT @ y).sum(0).mT.reshape(6, 4)).sum(1), (y @ y.mT).sum(0).sum(0).sum(0)],
+    ],
+)
+def test_sums_of_sums(function):
+    """What the rule puts in place is known to the sums that come later."""
+    both(function, tensor(5, 7, 6), tensor(5, 7, 4), tensor(6, 3), tensor(3, 4))
+
+
+def test_sums_of_mixed_types_are_taken_in_the_finer_one():
+    both(lambda x, y, scale: [(torch.bmm(x.mT, y) * scale).sum(0)], tensor(5, 7, 6).float(), tensor(5, 7, 4).float(), tensor(6, 1))
+
+
 def random_sums(seed):
     """Sums of what is linear, or nearly so, in products for particles and tasks, put together as ``seed`` says."""
     draw = torch.Generator().manual_seed(seed)
