@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import light_buffers
-from .rewriting import LOWERED, overwritten, products, rewritten
+from .rewriting import LOWERED, is_view, overwritten, products, rewritten
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -40,7 +40,8 @@ WAITS = tuple(  # operations that wait for the GPU, or that its libraries refuse
 )  # fmt: skip
 SHORT = 4000  # operations; longer graphs are swept or rare, and have not been tried
 KEPT = 2**28  # bytes of freed memory that stay with the process
-LITTLE = 2**25  # bytes of all results together, up to which a graph takes its memory in one piece; larger pieces do not stay in the cache
+LITTLE = 2**25  # bytes of results at once, up to which a graph takes its memory in one piece: larger ones GNU's library gives back
+LARGE = 2**21  # bytes of one result; where one is larger it is put in the place of what it is made of, which the plan does not allow
 NUMBERS = (int, float, str)  # numpy's are such, too
 PLAIN, CHANGING = {bool, int, float, str, type(None)}, {"training", "gradient_evaluations"}  # a set is looked into faster
 SETTLED = 6  # calls in a row; of the first ones of a training step what is written over are copies
@@ -71,7 +72,7 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     # without a door in C stay with Python
     pythons = [node for node in copied.graph.nodes if _is_pythons(node)]
     short = len(copied.graph.nodes) <= SHORT and not pythons
-    planned = not on_gpu and _memory(module) <= LITTLE
+    planned = not on_gpu and _memory(module) <= LITTLE and all(_size(node) <= LARGE for node in module.graph.nodes)
     # the plan takes no account of a part of a result in whose place another one is put
     options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": planned, "inplace_buffers": not planned}
     from torch.compiler import config
@@ -331,9 +332,33 @@ def _on_cpu(node: Node, module: GraphModule) -> bool:
 
 
 def _memory(module: GraphModule) -> float:
-    """Bytes of all that a graph makes, views counted with the rest; infinite where one is not known."""
-    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
-    return sum(v.nbytes if isinstance(v, Tensor) else 0 if isinstance(v, list | tuple) else math.inf for v in values)
+    """Bytes of all results of a graph that are there at once, at most; infinite where one is not known.
+
+    A view keeps what it is of. The compiler fuses operations, so that less is there in truth.
+    """
+    stands, last = dict[Node, Node](), dict[Node, Node]()
+    for node in module.graph.nodes:
+        of = next(iter(node.all_input_nodes), node)
+        stands[node] = stands[of] if of is not node and is_view(node) else node
+        last |= dict.fromkeys([stands[node], *(stands[n] for n in node.all_input_nodes)], node)
+    going: dict[Node, list[Node]] = {}
+    for node, user in last.items():
+        going.setdefault(user, []).append(node)
+    now = most = 0.0
+    for node in module.graph.nodes:
+        if stands[node] is node:
+            now += _size(node)
+            most = max(most, now)
+        now -= sum(map(_size, going.get(node, [])))
+    return most
+
+
+def _size(node: Node) -> float:
+    """Bytes of what an operation makes."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or isinstance(value, list | tuple):
+        return 0
+    return value.nbytes if isinstance(value, Tensor) else math.inf
 
 
 def _is_pythons(node: Node) -> bool:

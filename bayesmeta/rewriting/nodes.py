@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,12 @@ def _changes_nothing(node: Any) -> bool:
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     return node.target in SAME or (node.target in (aten.expand.default, *RESHAPES) and shape(node) == shape(node.args[0]) != ())
+
+
+def is_view(node: Node) -> bool:
+    """Whether the numbers of its result may stand where those of its argument do."""
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return node.target is operator.getitem or node.target in RESHAPES or any(value.alias_info for value in returns)
 
 
 def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

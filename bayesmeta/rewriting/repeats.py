@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES
+from .nodes import is_view
 
 
 def work_out_once(graph: Graph) -> None:
@@ -32,8 +31,7 @@ def _given(graph: Graph) -> set[Node]:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-            if node.target is operator.getitem or node.target in RESHAPES or any(value.alias_info for value in returns):
+            if is_view(node):
                 todo += node.all_input_nodes
     return found
 
