@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import SAME, is_tensor, shape
+from .nodes import SAME, call, is_tensor, shape
 
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList
@@ -47,13 +47,13 @@ def _take_factors_out(node: Any) -> None:
         factors.append(factor)
     if inner is values:
         return
-    call = node.graph.call_function
-    with node.graph.inserting_before(node):
+    graph = node.graph
+    with graph.inserting_before(node):
         total = _sum(inner, [axis for axis in axes if axis in constant])
         for target, other in reversed(factors):
-            total = total if target is None else call(target, (total, *other))
+            total = total if target is None else call(graph, target, total, *other)
         if set(axes) != constant or not _keeps(node):
-            total = call(SUM, (total, axes, _keeps(node)))
+            total = call(graph, SUM, total, axes, _keeps(node))
     _replace(node, total)
 
 
@@ -89,14 +89,12 @@ def _add_up_in_two(node: Any) -> None:
     if node.meta["val"].device.type != "cpu" or not others or size[first] == 1 or not rest <= CHUNK < size[first] * rest:
         return
     with node.graph.inserting_before(node):
-        whole = node.graph.call_function(SUM, (_sum(values, others), axes, _keeps(node)))
+        whole = call(node.graph, SUM, _sum(values, others), axes, _keeps(node))
     _replace(node, whole)
 
 
 def _sum(values: Any, axes: list[int]) -> Node:
-    node: Node = values.graph.call_function(SUM, (values, axes, True))
-    node.meta["val"] = values.meta["val"].sum(axes, True)
-    return node
+    return call(values.graph, SUM, values, axes, True)
 
 
 def _keeps(node: Any) -> bool:

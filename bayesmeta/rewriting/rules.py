@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 from . import small_matrices
 from .divisions import add_up_for_means, divide_less
 from .long_sums import shorten_sums
-from .nodes import groups, is_pure, is_tensor, note_values, shape, transposed_from
+from .nodes import call, groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .overwriting import give_back, overwrite
 from .passes import pass_less
 from .products import multiply_here
@@ -86,7 +86,6 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
     note_values(whole, module)
     add_up_for_means(graph)
     add_up_within_products(graph)
-    note_values(whole, module)
     for node in list(graph.nodes):
         product = transposed_from(node)
         if product is not None and _can_flip(product):
@@ -95,12 +94,11 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
     for rule in (_multiply_by_number, _turn_narrow):
         for node in graph.find_nodes(op="call_function", target=aten.mm.default):
             rule(node)
-    note_values(whole, module)
+    note_values(whole, module)  # what is transposed now stands in memory in another way
     for node in list(graph.nodes):
         multiply_here(node)
     shorten_sums(graph)
     graph.eliminate_dead_code()
-    note_values(whole, module)
     divide_less(graph)
     work_out_once(graph)
     pass_less(graph)
@@ -165,15 +163,14 @@ def _multiply_by_number(node: Node) -> None:
         return
     if inner == 1 and rows > MANY and is_tensor(b) and b.meta["val"].stride(1) > 1:  # type: ignore[union-attr]  # a weight's column: read without vectors at each row
         return
-    graph, call = node.graph, node.graph.call_function
+    graph = node.graph
     with graph.inserting_before(node):
         if inner == 1:
-            product = call(aten.mul.Tensor, (a, b))
+            product = call(graph, aten.mul.Tensor, a, b)
         elif columns == 1:
-            product = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (a, call(aten.t.default, (b,)))), [1], True))
+            product = call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, a, call(graph, aten.t.default, b)), [1], True)
         else:
-            product = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (call(aten.t.default, (a,)), b)), [0], True))
-    product.meta["val"] = node.meta["val"]
+            product = call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, call(graph, aten.t.default, a), b), [0], True)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
 
@@ -184,9 +181,9 @@ def _turn_narrow(node: Node) -> None:
     stands = transposed_from(a)
     if stands is None or not shape(b) or not (shape(b)[0] >= MANY and shape(b)[1] < NARROW <= shape(a)[0]):
         return
-    call = node.graph.call_function
-    with node.graph.inserting_before(node):
-        turned = call(aten.t.default, (call(aten.mm.default, (call(aten.t.default, (b,)), stands)),))
+    graph = node.graph
+    with graph.inserting_before(node):
+        turned = call(graph, aten.t.default, call(graph, aten.mm.default, call(graph, aten.t.default, b), stands))
     node.replace_all_uses_with(turned)
     node.graph.erase_node(node)
 
