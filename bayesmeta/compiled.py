@@ -71,8 +71,8 @@ class Compiled(AbstractAdapter):
 
     def adapt(self, support: Points, *, generator: torch.Generator | None = None) -> Posterior:
         """As the adapter's own."""
-        if self.adapter.members:
-            adapt: Any = self.adapter.adapt
+        adapt: Any = self.adapter.adapt
+        if self.adapter.members and not hasattr(adapt, "takes_compile"):  # it sees to its members itself
             return adapt(support, generator=generator, compile=self.mode)
         points, kept = self.adapter.prepared(support), self._kept
         given = self.model.theta_given  # a draw of θ that a posterior over θ stands at

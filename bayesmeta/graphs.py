@@ -137,7 +137,6 @@ class Recorded:
             self._settle(inputs)
         for which in self._alike:
             torch._foreach_copy_([self.standing[i] for i in which], [inputs[i] for i in which])
-        results = self.results
         if self.recording is None:
             results = self.run(*self.standing)
         else:

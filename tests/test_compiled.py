@@ -48,6 +48,11 @@ def seeded():
     return torch.Generator().manual_seed(3)
 
 
+class OwnEnsemble(Ensemble):
+    def adapt(self, support, *, generator=None):
+        return super().adapt(support, generator=generator)
+
+
 def test_of_an_ensemble_each_member_is_compiled(float64, monkeypatch):
     graphs = []
     monkeypatch.setattr(bayesmeta.compiled, "inductor", lambda module, inputs: graphs.append(module) or module)
@@ -60,6 +65,9 @@ def test_of_an_ensemble_each_member_is_compiled(float64, monkeypatch):
             torch.testing.assert_close(ours.draws(5, generator=seeded()), eager.draws(5, generator=seeded()), rtol=1e-9, atol=1e-9)
     assert len(graphs) == 2
     assert not torch.equal(*(part.mean for part in wanted.components))
+    own = OwnEnsemble(network(), lambda m: ABML(m, inner_steps=2, inner_lr=0.01), size=2, seed=1)
+    with pytest.warns(RuntimeWarning, match="adaptation is not compiled"):  # what it makes of its members nobody knows
+        assert len(own.adapt(support, compile=True).components) == 2
     with pytest.raises(ValueError, match="compile: expected True, False or 'auto', got 1"):
         ensemble.adapt(support, compile=1)
 

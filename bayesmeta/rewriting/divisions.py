@@ -1,4 +1,4 @@
-"""Divisions, which take a processor as long as five to ten other operations: rules for graphs of operations (`bayesmeta.rewriting`).
+"""Divisions, which take a processor several times as long as a multiplication: rules for graphs of operations (`bayesmeta.rewriting`).
 
     x / 3                →   x · (1 / 3)                       XLA does so, too
     x / b, b repeated    →   x · once(1 / b)
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES, SAME, TRANSPOSES, call, is_real, is_tensor, shape
+from .nodes import MANY, RESHAPES, SAME, TRANSPOSES, call, is_real, is_tensor, shape
 
 aten = torch.ops.aten
 DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
@@ -29,7 +29,6 @@ SLOW = {
 }  # fmt: skip
 VIEWS = (*RESHAPES, *SAME, *TRANSPOSES, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default)
 TIMES = 8  # so often repeated a result must be to be put into memory
-MANY = 4096  # numbers of the larger one, at least: smaller ones take less than the call of another kernel
 EXACT = (torch.float32, torch.float64)  # types of which a sum does not overflow where a mean does not
 RANGE = (1e-30, 1e30)  # numbers that have a reciprocal of all digits
 

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES, SAME, TRANSPOSES, call, is_real, is_tensor, shape
+from .nodes import MANY, PRODUCTS, RESHAPES, SAME, TRANSPOSES, call, is_real, is_tensor, shape
 from .products import PRODUCT
 
 aten = torch.ops.aten
-PRODUCTS = (PRODUCT, aten.mm.default, aten.bmm.default)
 VIEWS = (*RESHAPES, *SAME, *TRANSPOSES)
 SMALLER = 8  # times
-MANY = 4096  # numbers, from which on a pass takes longer than the call of a kernel
 MORE = 200  # operations on parts, up to which there may be more for it
 MOST = 12  # parts of a tensor that are gone through one by one
 
@@ -32,7 +30,7 @@ def pass_less(graph: Graph) -> None:
     for node in list(graph.nodes):
         if not is_real(node):
             continue
-        if node.target in PRODUCTS and not node.kwargs:
+        if node.target in (PRODUCT, *PRODUCTS) and not node.kwargs:
             _take_factors_out(node)
         elif torch.Tag.pointwise in getattr(node.target, "tags", ()) and more < MORE:
             more += _part_by_part(node)

@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 from . import small_matrices
 from .divisions import add_up_for_means, divide_less
 from .long_sums import shorten_sums
-from .nodes import call, groups, is_pure, is_tensor, note_values, shape, transposed_from
+from .nodes import PRODUCTS, call, groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .overwriting import give_back, overwrite
 from .passes import pass_less
 from .products import multiply_here
@@ -36,9 +36,8 @@ from .sharing import shared
 from .sums_of_products import add_up_within_products
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm.default, aten.bmm.default)
 SUMS = (aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)  # transposed by transposing what they are of
-MANY, NARROW = 500, 16
+ROWS, NARROW = 500, 16
 FEW = 100_000  # multiplications up to which a product with a single row or column is taken number by number
 FACTORS: dict[Any, tuple[int, Callable[..., Any]]] = {  # of small matrices: which argument is one, and what is put in place
     aten.linalg_cholesky_ex.default: (0, small_matrices.cholesky_ex),
@@ -161,7 +160,7 @@ def _multiply_by_number(node: Node) -> None:
         return
     if not (inner == 1 or (min(rows, columns) == 1 and rows * inner * columns <= FEW)):
         return
-    if inner == 1 and rows > MANY and is_tensor(b) and b.meta["val"].stride(1) > 1:  # type: ignore[union-attr]  # a weight's column: read without vectors at each row
+    if inner == 1 and rows > ROWS and is_tensor(b) and b.meta["val"].stride(1) > 1:  # type: ignore[union-attr]  # a weight's column: read without vectors at each row
         return
     graph = node.graph
     with graph.inserting_before(node):
@@ -179,7 +178,7 @@ def _turn_narrow(node: Node) -> None:
     """Aᵀ B of many rows, B of a few columns: as (Bᵀ A)ᵀ. A convolution's weights' gradient from patches: 0.25 ms instead of 1.2."""
     a, b = node.args
     stands = transposed_from(a)
-    if stands is None or not shape(b) or not (shape(b)[0] >= MANY and shape(b)[1] < NARROW <= shape(a)[0]):
+    if stands is None or not shape(b) or not (shape(b)[0] >= ROWS and shape(b)[1] < NARROW <= shape(a)[0]):
         return
     graph = node.graph
     with graph.inserting_before(node):

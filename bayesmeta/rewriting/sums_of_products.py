@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import RESHAPES, SAME, TRANSPOSES, call, groups, is_tensor, order, shape, transposed_from
+from .nodes import PRODUCTS, RESHAPES, SAME, TRANSPOSES, call, groups, is_tensor, order, shape, transposed_from
 
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList
-PRODUCTS = (aten.mm.default, aten.bmm.default)
 SCALED = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 ADDED = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default, *SAME)
 LINEAR = (*ADDED, *SCALED, *RESHAPES, *TRANSPOSES, aten.cat.default)
