@@ -6,8 +6,9 @@
     back     θ, data, v_k, k, λ_k+1 → λ_k, ∂/∂θ          K times, from the last to the first; it takes the step anew
     end      θ, data, λ_0, Σ ∂/∂θ → ∂/∂θ                 and what else a step makes of its gradient
 
-What is kept from step to step is v_k and its noise. Every graph holds what stands before the loop again, as far as it has a use for it; so
-what a learner computes there from θ has its gradient from each. Noise is drawn in the order in which eager draws it.
+What is kept from step to step is v_k, its noise, and what convolutions gave, where that is little (`splitting`). Every graph holds what
+stands before the loop again, as far as it has a use for it; so what a learner computes there from θ has its gradient from each. Noise is
+drawn in the order in which eager draws it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from .episodes import Points
 from .graphs import Backend, Run, draw_noise_outside, is_random, trace
 from .inner_loop import NotOneLoop, after, before, once
 from .randomness import rng
+from .splitting import split
+
+KEPT = 2**26  # bytes of convolutions' results that all steps together may keep
 
 
 class Placed(NamedTuple):
@@ -74,13 +78,15 @@ class Sweep:
             values, sizes = values[:-1], [(size,) for size in values[-1]]
         kept, count, numbers = [], len(values), list(torch.arange(self.inner_steps, device=values[0].device))
         for k, size, own in zip(numbers, sizes, drawn, strict=True):
-            kept.append(values)
-            values = self.runs["step"](*fixed, *values, *size, k, *common, *own)
+            found = self.runs["step"](*fixed, *values, *size, k, *common, *own)
+            kept.append((values, found[count:]))
+            values = found[:count]
         losses, loss, *found = self.runs["finish"](*fixed, *values, *common, *noise[first + self.inner_steps * each :])
         slopes, slopes_in_sizes = found[:count], []
         gradients = dict(zip(self.reached["finish"], found[count:], strict=True))
         for k, size, own in zip(reversed(numbers), reversed(sizes), reversed(drawn), strict=True):
-            found = list(self.runs["back"](*fixed, *kept.pop(), *size, k, *slopes, *common, *own))
+            values, results = kept.pop()
+            found = list(self.runs["back"](*fixed, *values, *size, k, *results, *slopes, *common, *own))
             slopes, found = found[:count], found[count:]
             if self.own_sizes:
                 slopes_in_sizes.append(found.pop(0))
@@ -91,14 +97,19 @@ class Sweep:
         return self.runs["end"](*fixed, losses, loss, *slopes, *(gradients[i] for i in sorted(gradients)), *extra, *common)
 
     def compiled(self, backend: Backend, inputs: Sequence[Tensor]) -> Sweep:
-        """The same with every graph through ``backend``, for inputs like these."""
-        seen: dict[str, list[Tensor]] = {}
+        """The same with every graph through ``backend``, for inputs like these: each for what the ones before it give, compiled."""
+        runs: dict[str, Run] = {}
 
-        def noting(name: str) -> Run:
-            return lambda *values: (seen.setdefault(name, list(values)), self.graphs[name](*values))[1]
+        def first(name: str) -> Run:
+            def run(*values: Tensor) -> Sequence[Tensor]:
+                if name not in runs:
+                    runs[name] = backend(self.graphs[name], list(values))
+                return runs[name](*values)
 
-        replace(self, runs={name: noting(name) for name in self.graphs})(*inputs)
-        return replace(self, runs={name: backend(graph, seen[name]) for name, graph in self.graphs.items()})
+            return run
+
+        replace(self, runs={name: first(name) for name in self.graphs})(*inputs)
+        return replace(self, runs=runs)
 
 
 def sweep(
@@ -116,7 +127,7 @@ def sweep(
 
 
 class _Tracer:
-    """A step's pieces as functions to trace, each of ``fixed`` and of what else the table above says."""
+    """A step's pieces as functions to trace, each of ``fixed`` and of what else the table above says; a step is a part of `back`'s."""
 
     def __init__(
         self, place: Place, result: Result, fixed: list[Tensor], extra: list[Tensor], total: int, evaluations: Callable[[], float]
@@ -132,22 +143,27 @@ class _Tracer:
         sizes = [values.pop()] if self.own_sizes else []
         size, k = [every[0] for every in sizes], torch.zeros((), dtype=torch.long, device=values[0].device)
         self.count = len(values)
-        _, each = self.traced(self.step, *values, *size, k)
-        back, again = self.traced(self.back, *values, *size, k, *values)
-        if (self.inner_steps - 1) * max(len(self.graphs[name].graph.nodes) for name in ("step", "back")) < spares:
+        found, each = self.traced(self.back, *values, *size, k, *values)
+        whole, back = self.graphs["back"], found[self.count :]
+        if (self.inner_steps - 1) * len(whole.graph.nodes) < spares:
             return None
+        first = len(self.fixed) + len(values) + len(size) + 1
+        self.graphs["step"], self.graphs["back"] = split(whole, range(first, first + self.count), self.count, KEPT / self.inner_steps)
+        drawn = [self.graphs[name].graph.find_nodes(op="placeholder")[-len(each) :] for name in ("step", "back") if each]
+        if any(late.users and not early.users for early, late in zip(*drawn, strict=True)):
+            raise NotOneLoop("it draws other noise in its derivatives")
         (losses, loss, *finish), _ = self.traced(self.finish, *values)
         parts = dict(zip(self.reached["back"], back[self.count + len(size) :], strict=True))
         parts |= dict(zip(self.reached["finish"], finish[self.count :], strict=True))
         self.reached["end"] = sorted(parts)
         _, none = self.traced(self.end, losses, loss, *values, *sizes, *(parts[i] for i in sorted(parts)), *self.extra)
-        if len(again) != len(each) or none:
-            raise NotOneLoop("it draws other noise in its derivatives")
+        if none:
+            raise NotOneLoop("it draws noise after its gradient")
         taken = self.taken
         return Sweep(
             self.inner_steps, self.graphs, self.graphs, len(self.fixed), len(self.extra), self.own_sizes, self.reached,
-            [self.draws[name] for name in ("start", "step", "finish")], (len(self.common), len(each)),
-            self.inner_steps * (taken["step"] - taken["start"]) + taken["finish"],
+            [self.draws[name] for name in ("start", "back", "finish")], (len(self.common), len(each)),
+            self.inner_steps * (taken["back"] - taken["start"]) + taken["finish"],
         )  # fmt: skip
 
     def traced(self, piece: Callable[..., list[Tensor]], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -167,15 +183,12 @@ class _Tracer:
     def start(self, fixed: Sequence[Tensor]) -> list[Tensor]:
         return [v.contiguous() for v in self.started(self.place(fixed))]
 
-    def step(self, fixed: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
-        values, size, k = inputs[: self.count], inputs[self.count : -1], inputs[-1]
-        return [v.contiguous() for v in once(self.place(fixed).losses, _leaves(values), *size, k=k)]
-
     def back(self, fixed: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
         *here, k = inputs[: -self.count]
         placed, leaves = self.place(fixed), _leaves(here)
         values, size = leaves[: self.count], leaves[self.count :]
-        return self.slopes("back", once(placed.losses, values, *size, k=k), inputs[-self.count :], leaves, placed.trained)
+        new = once(placed.losses, values, *size, k=k)
+        return [*(v.detach().contiguous() for v in new), *self.slopes("back", new, inputs[-self.count :], leaves, placed.trained)]
 
     def finish(self, fixed: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
         placed, values = self.place(fixed), _leaves(inputs)
