@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 
 from . import light_buffers
 from .rewriting import LOWERED, is_view, overwritten, products, rewritten
+from .short_compiling import short_compiling
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -51,7 +52,8 @@ SHAPES = 8  # graphs kept, one for each shape of the data; the one unused for lo
 
 def trace(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> GraphModule:
     """``function`` of tensors as a graph, traced on ``inputs``. Raises what tracing raises, RuntimeError where no graph is equal to it."""
-    module = make_fx(function)(*inputs)
+    with tracing(TracingContext(FakeTensorMode())):  # without one every operation makes a mode of its own, which takes half of the time
+        module = make_fx(function)(*inputs)
     if any(_is_random(node) and node.kwargs.get("generator") is not None for node in module.graph.nodes):
         raise RuntimeError("it draws from a random generator of its own, whose state a graph would carry on")
     if any(_has_dynamic_shape(node) for node in module.graph.nodes):
@@ -67,6 +69,13 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     if not on_gpu:
         keep_freed_memory()
     inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
+    with warnings.catch_warnings(), light_buffers.light_buffers(), short_compiling():
+        warnings.simplefilter("ignore")  # the compiler's remarks on itself
+        run = _compiled(module, inputs, on_gpu)
+    return Recorded(run, module, inputs) if on_gpu else run
+
+
+def _compiled(module: GraphModule, inputs: list[Tensor], on_gpu: bool) -> Run:
     copied = rewritten(module)
     # on a CPU what calls the kernels is compiled too, which saves a tenth to a fifth of a step and some seconds of compiling; operations
     # without a door in C stay with Python
@@ -84,10 +93,8 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
     written_here = f"{config.cache_key_tag} {light_buffers.version()} {products.version()}"
     keys = config.patch(cache_key_tag=written_here)  # type: ignore[attr-defined]  # of its disk cache
-    with warnings.catch_warnings(), tracing(TracingContext(mode)), light_buffers.light_buffers(), keys:
-        warnings.simplefilter("ignore")  # the compiler's remarks on itself
-        run: Any = torch._inductor.compile(copied, examples, options=options)
-    return Recorded(run, module, inputs) if on_gpu else run
+    with tracing(TracingContext(mode)), keys:
+        return torch._inductor.compile(copied, examples, options=options)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 ONE_AT_A_TIME = threading.RLock()
+LONG = 100  # operations, from which on what calls them is hardly a part of a step
 SOURCE = """
     class PlaceInPool {
      public:
@@ -69,6 +70,7 @@ def _wrapper() -> Any:
     try:
         from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
         from torch._inductor.codegen.memory_planning import AllocFromPoolLine
+        from torch._inductor.virtualized import V
     except ImportError as error:
         log.info("compiled graphs make tensors of all intermediate results: %s", error)
         return None
@@ -83,6 +85,12 @@ def _wrapper() -> Any:
         def write_header(self) -> None:
             super().write_header()
             self.header.splice(SOURCE)
+
+        def _write_entry_point_signature(self) -> None:
+            # what calls the kernels, one after the other, takes g++ a quarter of its time to optimise, and gains nothing by it
+            if len(V.graph.operations) > LONG:
+                self.prefix.writeline('__attribute__((optimize("O1")))')
+            super()._write_entry_point_signature()
 
         def memory_plan(self) -> None:
             super().memory_plan()

@@ -7,6 +7,7 @@
     long_sums           without what is constant in them, in two steps
     divisions           multiplications in their place; what is slow and small once
     passes              factors and sums taken elsewhere, so that a large tensor is gone over once less
+    layouts             the weights of convolutions put in the order in which they are wanted, once
     small_matrices      Cholesky's factors and solves of up to 3 × 3, written out
     overwriting         results that are put where inputs stand
     nodes               what is known of an operation of a graph

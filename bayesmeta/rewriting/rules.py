@@ -26,8 +26,9 @@ from torch.fx.node import map_arg
 
 from . import small_matrices
 from .divisions import add_up_for_means, divide_less
+from .layouts import lay_out_weights
 from .long_sums import shorten_sums
-from .nodes import PRODUCTS, call, groups, is_pure, is_tensor, note_values, shape, transposed_from
+from .nodes import MANY, PRODUCTS, call, groups, is_pure, is_tensor, note_values, shape, transposed_from
 from .overwriting import give_back, overwrite
 from .passes import pass_less
 from .products import multiply_here
@@ -104,6 +105,7 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
         _keep_order(node)
+    lay_out_weights(graph)
     return whole
 
 
@@ -199,7 +201,7 @@ def _keep_order(node: Any) -> None:
         return
     source, value = moved.args[0], moved.meta["val"]
     merges = any(len(mine) > 1 for mine, _ in groups(value.shape, shape(node)))
-    if not (merges and value.device.type == "cpu" and value.is_contiguous() and value.numel() >= FEW and source.op == "call_function"):
+    if not (merges and value.device.type == "cpu" and value.is_contiguous() and value.numel() >= MANY and source.op == "call_function"):
         return
     force = inductor_prims.force_stride_order
     if source.target == force:

@@ -69,7 +69,7 @@ def test_axes_that_are_put_into_one_keep_their_order_in_memory():
     assert len(forced) == 1 and forced[0].args[1] == [8 * 26 * 26, 1, 8 * 26, 8]
     for found, wanted in zip(graph(x, y), function(x, y), strict=True):
         torch.testing.assert_close(found, wanted)
-    few = rewritten(trace(function, [x[:1], y[:1]]))
+    few = rewritten(trace(function, [x[:1, :, :19], y[:1, :, :19]]))
     assert not any("force_stride_order" in str(node.target) for node in few.graph.nodes)  # small ones are not worth it
 
 
