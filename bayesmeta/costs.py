@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch.fx import GraphModule
 
-# Set by what MAML, ABML, Exact, a network of convolutions and the amortized learner took on one machine; good to a factor of about two
-TRACE_STEPS, TRACE_SECONDS = 200, 6.0  # tracing takes as long as so many eager steps; of steps whose time is arithmetic so many seconds
-TRACE_SECONDS_A_NODE = 0.0013
-COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 4.0, 0.013  # of each graph
+# Set by what MAML, BMAML, ABML, radon's MAML, a network of convolutions and the amortized learner took on one machine
+# (`python -m benchmarks.steps` tells first steps); good to a factor of about two
+TRACE_STEPS, TRACE_SECONDS = 60, 2.5  # tracing takes as long as so many eager steps; of steps whose time is arithmetic so many seconds
+TRACE_SECONDS_A_NODE = 0.0008
+COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 3.0, 0.011  # of each graph
 LOAD_SECONDS, LOAD_SECONDS_A_NODE = 2.0, 0.001  # where all is on disk: of the compiler's own code once, and of all graphs
 
 

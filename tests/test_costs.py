@@ -28,7 +28,7 @@ def at_pace(graphs):
 
 
 def test_tracing_takes_eager_steps_or_seconds():
-    assert costs.tracing(0.005) == pytest.approx(1.0)
+    assert costs.tracing(0.005) == pytest.approx(0.005 * costs.TRACE_STEPS)
     assert costs.tracing(10.0) == costs.TRACE_SECONDS
 
 

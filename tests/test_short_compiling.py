@@ -10,6 +10,9 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from bayesmeta.short_compiling import short_compiling
 
+here = pytest.mark.skipif(
+    not hasattr(sizevars, "simplify_index_in_vec_range"), reason="this version of torch simplifies places elsewhere, and is left alone"
+)
 x, y, z = sympy.symbols("x0 x1 x2", integer=True, nonnegative=True)
 PLACES = [
     40000 * x + 1600 * y + 40 * z + z, 7 * x + 3, 5 * (x + 2 * y) + 10 * (x - 1), sympy.Integer(4), x * y + x, x - x,
@@ -17,6 +20,7 @@ PLACES = [
 ]  # fmt: skip
 
 
+@here
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_strides_are_those_of_the_simplified_place(place):
     strides = sizevars.stride_at_vec_range.__wrapped__
@@ -27,6 +31,7 @@ def test_strides_are_those_of_the_simplified_place(place):
         assert sympy.simplify(found - wanted) == 0 and found.is_number == wanted.is_number and (found == 1) == (wanted == 1)
 
 
+@here
 def test_sums_are_not_simplified(monkeypatch):
     seen = []
     monkeypatch.setattr(sizevars, "simplify_index_in_vec_range", lambda index, *_: seen.append(index) or index)
@@ -54,6 +59,7 @@ def test_what_the_user_has_told_the_compiler_holds(told):
         assert config.cpp.vec_isa_ok is told
 
 
+@here
 def test_all_is_as_it_was_afterwards():
     before = sizevars.simplify_index_in_vec_range, config.cpp.vec_isa_ok
     with pytest.raises(ZeroDivisionError), short_compiling():
@@ -63,6 +69,6 @@ def test_all_is_as_it_was_afterwards():
 
 
 def test_another_version_of_the_compiler_is_left_alone(monkeypatch):
-    monkeypatch.delattr(sizevars, "simplify_index_in_vec_range")
+    monkeypatch.delattr(sizevars, "simplify_index_in_vec_range", raising=False)
     with short_compiling():
         assert not hasattr(sizevars, "simplify_index_in_vec_range")
