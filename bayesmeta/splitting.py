@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .rewriting import is_pure, is_view
 
@@ -51,12 +52,23 @@ def _hanging(graph: Graph, first: Sequence[Node]) -> set[Node]:
             if found.isdisjoint(node.all_input_nodes):
                 continue
             found.add(node)
-            if _writes(node):
-                place = node.all_input_nodes[0]
-                while _writes(place) or (place.op == "call_function" and is_view(place)):
+            for place in _places(node):
+                while place.op == "call_function" and (_writes(place) or is_view(place)):
                     place = place.all_input_nodes[0]
                 found.add(place)  # and so, the next time, all other views of it
     return found
+
+
+def _places(node: Node) -> list[Node]:
+    """What ``node`` writes over."""
+    if not _writes(node):
+        return []
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in arguments]
+    given = [node.args[i] if i < len(node.args) else node.kwargs.get(argument.name) for i, argument in enumerate(arguments)]
+    found = list[Node]()
+    map_arg([value for value, over in zip(given, written, strict=True) if over], found.append)
+    return found or list(node.all_input_nodes)
 
 
 def _kept(outputs: Sequence[Node], hanging: set[Node]) -> list[Node]:

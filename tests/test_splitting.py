@@ -89,7 +89,13 @@ def through(x, slope):
     return [y * 2, slope * x]
 
 
-@pytest.mark.parametrize("function", [through, lambda x, slope: [x + slope, slope]])
+def among_others(x, slope):
+    a, b = torch.zeros(4), torch.zeros(4)
+    torch._foreach_add_([a, b], [x, slope])
+    return [b * 1, a * slope]
+
+
+@pytest.mark.parametrize("function", [through, among_others, lambda x, slope: [x + slope, slope]])
 def test_a_step_that_hangs_on_the_slopes_cannot_be_taken_out(function):
     joint = trace(function, [torch.ones(4), torch.ones(4)])
     with pytest.raises(NotInTwo, match="hangs on the slopes"):

@@ -22,6 +22,7 @@ CONVOLUTIONS = {aten.convolution.default: 1, aten.convolution_backward.default: 
 def lay_out_weights(graph: Graph) -> None:
     """Changes ``graph``, in which nothing may be written over in place."""
     users: dict[Node, list[Node]] = {}
+    after = set[Node]()  # what hangs on weights that were put in another order, and may be in another one itself
     for node in graph.nodes:
         if node.target in CONVOLUTIONS and _is_large(weights := node.args[CONVOLUTIONS[node.target]]):
             users.setdefault(weights, []).append(node)
@@ -31,6 +32,14 @@ def lay_out_weights(graph: Graph) -> None:
             laid = _in_order(weights, last.stride())
             for node in convolutions:
                 node.replace_input_with(weights, laid)
+            after.add(laid)
+    for node in graph.nodes:
+        if not after.isdisjoint(node.all_input_nodes):
+            after.add(node)
+    output = graph.output_node()
+    for node in after.intersection(output.all_input_nodes):
+        if is_real(node) and len(shape(node)) > 2:  # a graph's results stand as they did
+            output.replace_input_with(node, _in_order(node, node.meta["val"].stride()))
     if users:
         for node in graph.find_nodes(op="call_function", target=aten.clone.default):
             if _is_large(node) and any(user.target in RESHAPES and len(shape(user)) == 1 for user in node.users):
