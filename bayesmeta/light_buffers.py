@@ -87,7 +87,7 @@ def _wrapper() -> Any:
             self.header.splice(SOURCE)
 
         def _write_entry_point_signature(self) -> None:
-            # what calls the kernels, one after the other, takes g++ a quarter of its time to optimise, and gains nothing by it
+            # what calls the kernels, one after the other, takes g++ long to optimise, and gains nothing by it
             if len(V.graph.operations) > LONG:
                 self.prefix.writeline('__attribute__((optimize("O1")))')
             super()._write_entry_point_signature()
@@ -118,7 +118,7 @@ def version() -> str:
 
 @functools.cache
 def _hash() -> str:
-    return "light buffers " + hashlib.sha256((SOURCE + inspect.getsource(_wrapper)).encode()).hexdigest()
+    return "light buffers " + hashlib.sha256(f"{SOURCE} {LONG} {inspect.getsource(_wrapper)}".encode()).hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""TorchInductor spared what takes long and changes nothing of what it writes: a sixth of the time to compile a step of BMAML, and more.
+"""TorchInductor spared what takes long and changes nothing of what it writes.
 
     places in memory   that are sums of multiples already are not simplified before it is seen by how much they move with a loop's number
     instructions       of vectors are not tried out with the C++ compiler; the processor says that it has them

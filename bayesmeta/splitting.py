@@ -8,14 +8,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .rewriting import is_pure, is_view
-
-aten = torch.ops.aten
-CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+from .rewriting import CONVOLUTIONS, is_view
 
 
 class NotInTwo(RuntimeError):
@@ -31,13 +27,13 @@ def split(joint: GraphModule, slopes: range, results: int, memory: float) -> tup
     inputs = joint.graph.find_nodes(op="placeholder")
     outputs: Sequence[Node] = joint.graph.output_node().args[0]  # type: ignore[assignment]
     hanging = _hanging(joint.graph, [inputs[i] for i in slopes])
-    kept = _kept(outputs[results:], hanging) if is_pure(joint.graph) else []
+    writing = [node for node in joint.graph.nodes if _writes(node)]
+    kept = [] if writing else _kept(outputs[results:], hanging)
     if sum(node.meta["val"].nbytes for node in kept) > memory:
         kept = []
     before, after = inputs[: slopes.start], inputs[slopes.stop :]
     if not hanging.isdisjoint(outputs[:results]):
         raise NotInTwo("a step's result hangs on the slopes")
-    writing = [node for node in joint.graph.nodes if _writes(node)]
     first = _part(joint, [*before, *after], [*outputs[:results], *kept], [node for node in writing if node not in hanging])
     second = _part(joint, [*before, *kept, *(inputs[i] for i in slopes), *after], outputs[results:], writing)
     return first, second

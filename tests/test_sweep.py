@@ -19,6 +19,9 @@ from bayesmeta.randomness import rng
 from bayesmeta.sweep import Sweep
 
 from .conftest import hyper_program
+from .test_batch_norm import WAYS
+from .test_batch_norm import episode as images
+from .test_batch_norm_per_step import model as classifier
 from .test_compiling import Tasks, as_traced, assert_same_training, network, radon, trained
 
 LEARN_LR = ("scalar", "per_parameter", "per_step", "per_step_per_parameter")
@@ -160,6 +163,21 @@ def test_members_of_an_ensemble_share_the_graphs(float64, monkeypatch):
     one = trained(make, True)
     assert len(graphs) == 5
     assert_same_training(one, trained(make, False), rtol=1e-12, atol=1e-13)
+
+
+def test_convolutions_are_taken_once_there_and_back(float64, monkeypatch):
+    as_traced(monkeypatch)
+    layers = lambda n: [nn.Conv2d(n, 8, 3, 2, padding=1), nn.BatchNorm2d(8), nn.ReLU()]  # noqa: E731
+    module = nn.Sequential(*layers(1), *layers(8), *layers(8), nn.Flatten(), nn.Linear(8, WAYS))
+    make = lambda: MAML(classifier("task", module), inner_steps=3, inner_lr=0.05)  # noqa: E731
+    found, _, _, step = gradient(make(), images(), True)
+    wanted, *_ = gradient(make(), images(), False)
+    torch.testing.assert_close(found.gradients, wanted.gradients, rtol=1e-12, atol=1e-13)
+    convolutions = {
+        name: {node.name for node in graph.graph.nodes if node.op == "call_function" and "convolution" in str(node.target)}
+        for name, graph in step.module.graphs.items()
+    }
+    assert convolutions["step"] and convolutions["back"] and not convolutions["step"] & convolutions["back"]
 
 
 # --- a single graph instead

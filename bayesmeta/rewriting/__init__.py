@@ -15,10 +15,10 @@
 
 from . import products
 from .divisions import ONCE
-from .nodes import is_pure, is_view
+from .nodes import CONVOLUTIONS, is_view
 from .overwriting import overwrite, overwritten
 from .products import PRODUCT
 from .rules import rewritten
 
 LOWERED = (PRODUCT, ONCE)  # operations of our own, of which the compiler is told how they are done
-__all__ = ["LOWERED", "is_pure", "is_view", "overwrite", "overwritten", "products", "rewritten"]
+__all__ = ["CONVOLUTIONS", "LOWERED", "is_view", "overwrite", "overwritten", "products", "rewritten"]

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import MANY, RESHAPES, is_real, shape
+from .nodes import CONVOLUTIONS, MANY, RESHAPES, is_real, shape
 
 aten = torch.ops.aten
-CONVOLUTIONS = {aten.convolution.default: 1, aten.convolution_backward.default: 2}  # which argument is the weights
 
 
 def lay_out_weights(graph: Graph) -> None:
