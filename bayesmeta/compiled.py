@@ -18,8 +18,9 @@ import torch.distributions
 from torch import Tensor
 from torch.nn.utils import stateless
 
+from .backends import inductor
 from .episodes import Points
-from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, inductor, is_random, settings, tolerance, trace
+from .graphs import SHAPES, Backend, Run, draw_noise_outside, first_lines, gap, is_random, settings, tolerance, trace
 from .learners.base import AbstractAdapter
 from .posteriors import Posterior, TaskPosterior
 from .randomness import rng

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from . import costs
 from .adam import AdamStep
 from .agreement import SMALL, Gradients, Losses, difference, disturbed, gradients_of, is_unsteady
+from .backends import inductor
 from .episodes import Episode
-from .graphs import SHAPES, Backend, first_lines, inductor, tolerance
+from .graphs import SHAPES, Backend, first_lines, tolerance
 from .learners.base import AbstractMetaLearner, checked_choice
 from .sweep import Sweep
 from .traced_step import CHECKS, StepTracer, TracedStep, tensors_of
@@ -195,7 +196,7 @@ class StepCompiler:
         step.before = statistics.median(step.seconds) if step.seconds else math.inf
         step.seconds.clear()
         if self.backend is inductor:
-            costs.note_on_disk(step.graphs)
+            costs.note_on_disk(step.graphs, [*step.run.runs.values()] if isinstance(step.run, Sweep) else [step.run])
         log.info("%s: compiled it in %.1f s", type(self.learner).__name__, time.perf_counter() - start)
 
     def _go_back(self, step: TracedStep, episode: Episode) -> None:

@@ -21,8 +21,9 @@ from torch.nn.utils import stateless
 
 from .adam import AdamStep
 from .agreement import Gradients, Losses, Update, gradients_of
+from .backends import Recorded
 from .episodes import LARGEST_TARGET, Episode, Points
-from .graphs import Recorded, Run, draw_noise_outside, first_lines, is_random, settings, trace
+from .graphs import Run, draw_noise_outside, first_lines, is_random, settings, trace
 from .learners.base import AbstractMetaLearner
 from .randomness import rng
 from .rewriting import overwrite

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from bayesmeta.graphs import inductor, trace
+from bayesmeta.backends import inductor
+from bayesmeta.graphs import trace
 
 SHAPES = [(250, 10, 40, 40), (250, 40, 10, 40), (25, 10, 1761, 10), (1, 1360, 64, 64), (1, 512, 512, 512)]  # pairs, rows, of a sum, columns
 

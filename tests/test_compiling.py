@@ -549,7 +549,7 @@ def test_auto_compiles_earlier_what_is_on_disk(monkeypatch, tmp_path):
 
     step = compiled()
     assert not step.compiled
-    costs.note_on_disk(step.graphs)
+    costs.note_on_disk(step.graphs, [step.run])
     assert compiled().compiled
 
 

@@ -15,8 +15,9 @@ from torch.nn.utils import stateless
 
 from bayesmeta import Episode, HierarchicalModel, compiling, evaluate, meta_train, tasks
 from bayesmeta.agreement import difference, gradients_of
+from bayesmeta.backends import MOST_RECORDINGS, SETTLED, Recorded, obstacle
 from bayesmeta.compiled import Compiled
-from bayesmeta.graphs import MOST_RECORDINGS, SETTLED, Recorded, draw_noise_outside, obstacle, trace
+from bayesmeta.graphs import draw_noise_outside, trace
 from bayesmeta.learners import ABML, MAML, NUTS, BayesianBlackBox, ProtoNet
 from bayesmeta.likelihoods import Categorical, Gaussian
 from bayesmeta.meta_gradient import MetaGradient

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch._inductor.codegen import common
 
-from bayesmeta.graphs import LITTLE, inductor, trace
+from bayesmeta.backends import LITTLE, inductor
+from bayesmeta.graphs import trace
 from bayesmeta.light_buffers import light_buffers
+
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def parts(x, w):

@@ -7,7 +7,8 @@ from time import perf_counter
 
 import torch
 
-from bayesmeta.graphs import inductor, trace
+from bayesmeta.backends import inductor
+from bayesmeta.graphs import trace
 from bayesmeta.rewriting import rewritten
 from bayesmeta.sweep import Sweep
 

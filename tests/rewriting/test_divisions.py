@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bayesmeta.graphs import inductor, trace
+from bayesmeta.backends import inductor
+from bayesmeta.graphs import trace
 from bayesmeta.rewriting import rewritten
 from bayesmeta.rewriting.divisions import MANY, ONCE, TIMES
 

@@ -5,7 +5,8 @@ import torch
 from torch._inductor import inductor_prims
 from torch.nn.functional import conv2d
 
-from bayesmeta.graphs import inductor, trace
+from bayesmeta.backends import inductor
+from bayesmeta.graphs import trace
 from bayesmeta.rewriting import rewritten
 from bayesmeta.rewriting.nodes import MANY
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bayesmeta.graphs import Recorded, inductor, trace
+from bayesmeta.backends import Recorded, inductor
+from bayesmeta.graphs import trace
 from bayesmeta.rewriting import rewritten
 from bayesmeta.rewriting.overwriting import give_back, overwrite, overwritten
 

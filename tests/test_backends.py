@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from bayesmeta import graphs
-from bayesmeta.graphs import inductor, trace
+from bayesmeta import backends
+from bayesmeta.backends import inductor
+from bayesmeta.graphs import trace
+
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 
 
 def several(x, w):
@@ -37,10 +40,10 @@ def test_results_stay_as_they_are_through_the_next_call():
 def test_a_graph_of_many_numbers_takes_them_piece_by_piece(monkeypatch):
     """One large piece goes back to the system after each call."""
     x, w = torch.randn(7, 6), torch.randn(6, 4)
-    for little, large, pools in ((graphs.LITTLE, graphs.LARGE, 1), (0, graphs.LARGE, 0), (graphs.LITTLE, 0, 0)):
+    for little, large, pools in ((backends.LITTLE, backends.LARGE, 1), (0, backends.LARGE, 0), (backends.LITTLE, 0, 0)):
         graph = trace(several, [x, w])
-        monkeypatch.setattr(graphs, "LITTLE", little)
-        monkeypatch.setattr(graphs, "LARGE", large)
+        monkeypatch.setattr(backends, "LITTLE", little)
+        monkeypatch.setattr(backends, "LARGE", large)
         with torch.no_grad():
             _, (code,) = run_and_get_code(lambda graph=graph: inductor(graph, [x, w])(x, w))
         assert ("pool0_handle" in code) == bool(pools)
@@ -49,14 +52,14 @@ def test_a_graph_of_many_numbers_takes_them_piece_by_piece(monkeypatch):
 def test_memory_is_what_is_there_at_once():
     x = torch.randn(5, 200)
     graph = trace(lambda x: [x.sin().view(-1).cos().exp().view(10, -1).tanh()], [x])
-    assert graphs._memory(graph) == 2 * x.nbytes  # of a chain one that is read and one that is written
+    assert backends._memory(graph) == 2 * x.nbytes  # of a chain one that is read and one that is written
     graph = trace(lambda x: [x.sin(), x.cos()[:2], x.exp().sum()], [x])
-    assert graphs._memory(graph) == 3 * x.nbytes + 4  # results stay, and what a result is a part of
+    assert backends._memory(graph) == 3 * x.nbytes + 4  # results stay, and what a result is a part of
     graph = trace(lambda x: [x.sin().sum(), x.cos().sum(), x.exp().sum()], [x])
-    assert graphs._memory(graph) == x.nbytes + 3 * 4
+    assert backends._memory(graph) == x.nbytes + 3 * 4
     for node in list(graph.graph.nodes)[:4]:
         node.meta.clear()
-    assert graphs._memory(graph) == math.inf
+    assert backends._memory(graph) == math.inf
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's C library")
@@ -65,7 +68,7 @@ def test_freed_memory_stays_with_the_process(kept):
     """Thirty arrays of 4 MiB, taken and given back again and again: their 30,000 pages are faulted in once, or each time."""
     script = f"""
 import ctypes, resource, torch
-from bayesmeta.graphs import keep_freed_memory
+from bayesmeta.backends import keep_freed_memory
 
 ctypes.CDLL(None).mallopt(-3, 2**17)  # as the library starts; it may change that by itself
 if {kept}:
