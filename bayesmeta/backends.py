@@ -50,7 +50,8 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
     if not on_gpu:
         keep_freed_memory()
     inputs = [v.contiguous() for v in inputs] if on_gpu else [*inputs]
-    run = saved(module, inputs, lambda: _compiled(module, inputs, on_gpu))
+    with light_buffers.ONE_AT_A_TIME:
+        run = saved(module, inputs, lambda: _compiled(module, inputs, on_gpu))
     return Recorded(run, module, inputs) if on_gpu else run
 
 

@@ -1,8 +1,10 @@
 """Compiled graphs from the disk: the same bits without the compiler, never another graph's, and nothing kept that is not all of it."""
 
+import functools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,22 +58,25 @@ def test_its_name_tells_graphs_inputs_and_circumstances_apart(monkeypatch):
     others = [name(3.0), name(2), name(x=x[:3]), name(x=x.double()), name(x=x.mT.contiguous().mT), name(constant=constant + 1)]
     with config.patch({"cpp.simdlen": 256}):
         others.append(name())
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
         others.append(name())
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("medium")
-        others.append(name())
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # torch's older setting cannot be read then
+    try:
+        others.append(name())
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
     with torch.no_grad():
         others.append(name())
     monkeypatch.setenv("TORCHINDUCTOR_CPP_SIMDLEN", "256")
     others.append(name())
-    monkeypatch.undo()
+    monkeypatch.delenv("TORCHINDUCTOR_CPP_SIMDLEN")
     assert len({same, *others}) == 1 + len(others)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "another one in every process")
     assert name() == same  # patching a setting and taking it back leaves no trace
 
 
@@ -128,6 +133,33 @@ def test_what_is_more_than_a_library_is_not_kept(folder):
     assert not folder.exists()
 
 
+def test_a_graph_within_the_graph_is_not_taken_for_another():
+    x = torch.randn(5)
+
+    graphs = [
+        trace(lambda x: [torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))], [x]),
+        trace(lambda x: [torch.cond(x.sum() > 0, lambda x: x.cos(), lambda x: x.sin(), (x,))], [x]),
+    ]
+    assert graphs[0].code == graphs[1].code and identity(graphs[0]) != identity(graphs[1])
+    with torch.no_grad():
+        for graph, (one, other) in zip(graphs, ((torch.sin, torch.cos), (torch.cos, torch.sin)), strict=True):
+            run = inductor(graph, [x])
+            assert not isinstance(run, Saved)
+            torch.testing.assert_close([run(x.abs())[0], run(-x.abs())[0]], [one(x.abs()), other(-x.abs())])
+
+
+def test_threads_do_not_take_each_others_graphs():
+    x, doors = torch.randn(5), torch._C._aoti
+    before = doors.unsafe_alloc_void_ptrs_from_tensors, doors.alloc_tensors_by_stealing_from_void_ptrs
+    graphs = [trace(functools.partial(lambda factor, x: [factor * x.cos()], factor), [x]) for factor in (1.1, 1.2, 1.3, 1.1)]
+    with ThreadPoolExecutor(4) as pool:
+        for run, factor in zip(pool.map(lambda graph: inductor(graph, [x]), graphs), (1.1, 1.2, 1.3, 1.1), strict=True):
+            torch.testing.assert_close(run(x)[0], factor * x.cos())
+    for graph, factor in zip(graphs, (1.1, 1.2, 1.3, 1.1), strict=True):
+        torch.testing.assert_close(inductor(graph, [x])(x)[0], factor * x.cos())
+    assert before == (doors.unsafe_alloc_void_ptrs_from_tensors, doors.alloc_tensors_by_stealing_from_void_ptrs)
+
+
 @pytest.mark.parametrize("how", ["force_disable_caches", "fx_graph_cache"])
 def test_nothing_is_kept_where_torch_is_told_so(how, folder, monkeypatch):
     from torch._inductor import config
@@ -149,6 +181,17 @@ def test_half_a_file_is_written_anew(folder):
     file.write_bytes(b"\x7fELF half")
     torch.testing.assert_close(inductor(graph, [x])(x)[0], x.cos() * 0.7)
     assert file.stat().st_size > 1000 and [*folder.iterdir()] == [file]
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    x = torch.randn(5)
+    run = inductor(trace(lambda x: [x.cos() * 0.8], [x]), [x])
+    torch.testing.assert_close(run(x)[0], x.cos() * 0.8)
+    assert not [*folder.iterdir()]
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_harm(folder):
