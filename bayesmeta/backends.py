@@ -56,26 +56,27 @@ def inductor(module: GraphModule, inputs: list[Tensor]) -> Run:
 
 
 def _compiled(module: GraphModule, inputs: list[Tensor], on_gpu: bool) -> Run:
-    copied = rewritten(module)
-    # on a CPU what calls the kernels is compiled too, which saves a tenth to a fifth of a step and some seconds of compiling; operations
-    # without a door in C stay with Python
-    pythons = [node for node in copied.graph.nodes if _is_pythons(node)]
-    short = len(copied.graph.nodes) <= SHORT and not pythons
-    planned = not on_gpu and _memory(module) <= LITTLE and all(_size(node) <= LARGE for node in module.graph.nodes)
-    # the plan takes no account of a part of a result in whose place another one is put
-    options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": planned, "inplace_buffers": not planned}
-    from torch.compiler import config
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
-
-    # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    # of tensors as they are the compiler takes the sizes as unknown
-    examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
-    written_here = f"{config.cache_key_tag} {light_buffers.version()} {products.version()}"
-    keys = config.patch(cache_key_tag=written_here)  # type: ignore[attr-defined]  # of its disk cache
-    with warnings.catch_warnings(), light_buffers.light_buffers(), short_compiling(), tracing(TracingContext(mode)), keys:
+    with warnings.catch_warnings(), light_buffers.light_buffers(), short_compiling():  # the rules ask the compiler what it can do, too
         warnings.simplefilter("ignore")  # the compiler's remarks on itself
-        return torch._inductor.compile(copied, examples, options=options)
+        copied = rewritten(module)
+        # on a CPU what calls the kernels is compiled too, which saves a tenth to a fifth of a step and some seconds of compiling;
+        # operations without a door in C stay with Python
+        pythons = [node for node in copied.graph.nodes if _is_pythons(node)]
+        short = len(copied.graph.nodes) <= SHORT and not pythons
+        planned = not on_gpu and _memory(module) <= LITTLE and all(_size(node) <= LARGE for node in module.graph.nodes)
+        # the plan takes no account of a part of a result in whose place another one is put
+        options = {"fallback_random": True, "cpp_wrapper": short and not on_gpu, "memory_planning": planned, "inplace_buffers": not planned}
+        from torch.compiler import config
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes a third of a second, and not every run compiles
+
+        # without a context of shapes the compiler leaves its disk cache of graphs alone, and writes all their code anew in every process
+        mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        # of tensors as they are the compiler takes the sizes as unknown
+        examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
+        written_here = f"{config.cache_key_tag} {light_buffers.version()} {products.version()}"
+        keys = config.patch(cache_key_tag=written_here)  # type: ignore[attr-defined]  # of its disk cache
+        with tracing(TracingContext(mode)), keys:
+            return torch._inductor.compile(copied, examples, options=options)
 
 
 @functools.cache

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import sympy
+import torch
 from torch._inductor import config, cpu_vec_isa, sizevars
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from bayesmeta import backends
+from bayesmeta.graphs import trace
 from bayesmeta.short_compiling import short_compiling
 
 here = pytest.mark.skipif(
@@ -56,6 +59,15 @@ def test_the_first_and_widest_instructions_need_no_trial(monkeypatch):
     with short_compiling():
         assert bool(New())
     assert len(built) == 1
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="elsewhere instructions are tried out")
+def test_nor_do_they_for_the_rules_that_rewrite_a_graph(monkeypatch, compiled_anew):
+    told, rewritten = [], backends.rewritten
+    monkeypatch.setattr(backends, "rewritten", lambda module: told.append(config.cpp.vec_isa_ok) or rewritten(module))
+    given = torch.randn(5)
+    backends.inductor(trace(lambda x: [x.sin() * 0.6], [given]), [given])
+    assert told == [True]
 
 
 @pytest.mark.parametrize("told", [True, False])
