@@ -8,18 +8,15 @@ weighs on all of them alike. By the clock, and of the processor with the compile
 
 import argparse
 import dataclasses
-import datetime
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 
-import torch
-
 from bayesmeta import comparison
+from benchmarks.machine import facts
 
 FILL = "compile=True"
 MODES: dict[str, bool | str] = {FILL: True, "eager": False, "auto, nothing on disk": "auto", "auto, all on disk": "auto"}
@@ -55,8 +52,7 @@ def main() -> None:
     if options.mode:
         train(options.family, MODES[options.mode])
         return
-    where = f"{torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    print(f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}, {where}; s by the clock, s of the processor")
+    print(f"{facts()}; s by the clock, s of the processor")
     with tempfile.TemporaryDirectory() as full, tempfile.TemporaryDirectory() as empty:
         print(FILL, finished(started(options.family, FILL, full)), sep="\n", flush=True)
         runs = {mode: started(options.family, mode, full if "all on disk" in mode else empty) for mode in MODES if mode != FILL}

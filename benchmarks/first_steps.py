@@ -6,16 +6,13 @@ A first step is a traced one, the compiling of it (or the loading of what was co
 """
 
 import argparse
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 
-import torch
-
+from benchmarks.machine import facts
 from benchmarks.steps import ours
 from benchmarks.steps.workloads import WORKLOADS
 
@@ -49,8 +46,7 @@ def main() -> None:
     if options.workload:
         first_step(options.workload)
         return
-    where = f"{torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    print(f"{datetime.date.today()}, torch {torch.__version__}, {platform.machine()}, {where}")
+    print(facts())
     print(f"{'':50}{'':>19}{'nothing on disk':>22}{'next process':>22}")
     print(f"{'':50}{'graphs':>8}{'operations':>11}" + 2 * f"{'compiling':>12}{'in all':>10}")
     for workload in WORKLOADS:

@@ -50,7 +50,7 @@ def test_its_name_tells_graphs_inputs_and_circumstances_apart(monkeypatch):
 
     x, constant = torch.randn(4, 6), torch.randn(6)
 
-    def name(factor=2.0, x=x, constant=constant, grown=0.0):
+    def name(factor=2.0, x=x, constant=constant):
         return identity(trace(lambda x: [factor * x.sin() + constant], [x.contiguous()]), [x])
 
     same = name()

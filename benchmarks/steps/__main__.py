@@ -30,12 +30,10 @@ The extra `bench` brings JAX and NumPyro: pip install -e '.[bench]'.
 
 import argparse
 import csv
-import datetime
 import importlib
 import importlib.util
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +41,7 @@ from pathlib import Path
 
 import torch
 
+from ..machine import facts
 from . import batched, chart, loops, measure, ours, remains, scaling
 from .workloads import ON_GPU, WORKLOADS, Contender, Workload
 
@@ -139,9 +138,7 @@ def main() -> None:
         measure.one_arena()
     torch.backends.cudnn.allow_tf32 = False
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"JAX_PLATFORMS": "cpu"} if options.device == "cpu" else {})
-    where = platform.machine() if options.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{datetime.date.today()}, torch {torch.__version__}, {where}, {torch.get_num_threads()} threads on "
-          f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, float32")  # fmt: skip
+    print(f"{facts() if options.device == 'cpu' else facts(torch.cuda.get_device_name())}, float32")
     workloads = scaling.WORKLOADS if options.scaling else WORKLOADS if options.device == "cpu" else ON_GPU
     workloads = [replace(w, device=options.device, task_chunk=options.task_chunk) for w in workloads]
     chosen = options.contenders or (["compiled", "loop"] if options.scaling else list(contenders()))
