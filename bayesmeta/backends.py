@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from . import light_buffers
 from .graphs import MOVES, Run, first_lines, is_draw
-from .rewriting import LOWERED, is_view, overwritten, products, rewritten
+from .rewriting import LOWERED, is_view, kernels, overwritten, rewritten
 from .saved_graphs import saved
 from .short_compiling import short_compiling
 
@@ -73,7 +73,7 @@ def _compiled(module: GraphModule, inputs: list[Tensor], on_gpu: bool) -> Run:
         mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
         # of tensors as they are the compiler takes the sizes as unknown
         examples: list[Any] = [mode.from_tensor(v, static_shapes=True) for v in inputs]
-        written_here = f"{config.cache_key_tag} {light_buffers.version()} {products.version()}"
+        written_here = f"{config.cache_key_tag} {light_buffers.version()} {kernels.version()}"
         keys = config.patch(cache_key_tag=written_here)  # type: ignore[attr-defined]  # of its disk cache
         with tracing(TracingContext(mode)), keys:
             return torch._inductor.compile(copied, examples, options=options)

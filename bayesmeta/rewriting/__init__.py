@@ -4,6 +4,8 @@
     sharing             what is the same for all tasks is worked out once
     sums_of_products    sums over tasks taken within the product
     products            by code of our own
+    convolutions        likewise
+    kernels             how the compiler is told of that code
     long_sums           without what is constant in them, in two steps
     divisions           multiplications in their place; what is slow and small once
     passes              factors and sums taken elsewhere, so that a large tensor is gone over once less
@@ -13,12 +15,13 @@
     nodes               what is known of an operation of a graph
 """
 
-from . import products
+from . import kernels
+from .convolutions import CONVOLUTIONS, OURS
 from .divisions import ONCE
-from .nodes import CONVOLUTIONS, is_view
+from .nodes import is_view
 from .overwriting import overwrite, overwritten
 from .products import PRODUCT
 from .rules import rewritten
 
-LOWERED = (PRODUCT, ONCE)  # operations of our own, of which the compiler is told how they are done
-__all__ = ["CONVOLUTIONS", "LOWERED", "is_view", "overwrite", "overwritten", "products", "rewritten"]
+LOWERED = (PRODUCT, *OURS, ONCE)  # operations of our own, of which the compiler is told how they are done
+__all__ = ["CONVOLUTIONS", "LOWERED", "is_view", "kernels", "overwrite", "overwritten", "rewritten"]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .nodes import CONVOLUTIONS, MANY, RESHAPES, is_real, shape
+from .convolutions import CONVOLUTIONS, OURS
+from .nodes import MANY, RESHAPES, is_real, shape
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 def lay_out_weights(graph: Graph) -> None:
     """Changes ``graph``, in which nothing may be written over in place."""
     users: dict[Node, list[Node]] = {}
-    after = set[Node]()  # what hangs on weights that were put in another order, and may be in another one itself
+    after = set[Node]()  # what hangs on weights that were put in another order, and may be in another one itself; so may our convolutions
     for node in graph.nodes:
         if node.target in CONVOLUTIONS and _is_large(weights := node.args[CONVOLUTIONS[node.target]]):
             users.setdefault(weights, []).append(node)
@@ -33,7 +34,7 @@ def lay_out_weights(graph: Graph) -> None:
                 node.replace_input_with(weights, laid)
             after.add(laid)
     for node in graph.nodes:
-        if not after.isdisjoint(node.all_input_nodes):
+        if node.target in OURS or not after.isdisjoint(node.all_input_nodes):
             after.add(node)
     output = graph.output_node()
     for node in after.intersection(output.all_input_nodes):

@@ -17,7 +17,6 @@ aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 SAME = (aten.alias.default, aten.detach.default, aten.clone.default)
 PRODUCTS = (aten.mm.default, aten.bmm.default)
-CONVOLUTIONS = {aten.convolution.default: 1, aten.convolution_backward.default: 2}  # which argument is the weights
 MANY = 4096  # numbers, from which on a pass over them takes longer than the call of a kernel
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 

@@ -1,25 +1,22 @@
-"""Products of float32 matrices on a CPU by code of our own (`products.h`), which TorchInductor compiles with the rest of a graph.
+"""Products of float32 matrices on a CPU by code of our own (`products.h`).
 
 torch hands them to MKL, which uses less than half of what other makers' processors can do, and makes every result a tensor. Measured on an
-AMD EPYC (`benchmarks/products.py`): 250 products of 10 × 40 and 40 × 40 in 52 µs instead of 128, 25 of 10 × 1761 and 1761 × 10 in 92
+AMD EPYC (`benchmarks/kernels.py`): 250 products of 10 × 40 and 40 × 40 in 52 µs instead of 128, 25 of 10 × 1761 and 1761 × 10 in 92
 instead of 410, 1360 × 64 × 64 in 49 instead of 107 (oneDNN: 56).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.resources
-import logging
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-log = logging.getLogger(__name__)
+from . import kernels
+
 aten = torch.ops.aten
 LEAST = 4  # rows and columns of a product that there must be at least
 FEW, LONG = 12, 128  # rows up to which, and numbers in a sum from which, sums are taken along vectors
@@ -58,74 +55,31 @@ def _fits(a: Any, b: Any) -> bool:
 
 
 @functools.cache
-def version() -> str:
-    """Changes with what is written here: the compiler's disk cache has to keep what was made of it apart."""
-    files = [importlib.resources.files(__package__).joinpath(name) for name in ("products.h", "products.py", "divisions.py")]
-    return "products " + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-@functools.cache
 def is_lowered() -> bool:
-    """Whether TorchInductor writes our code for the product; tells it how when first asked.
-
-    To be asked before a graph with the product is compiled: the compiler remembers how it did an operation that it was told nothing of.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's remarks on itself
-            # not before it is needed, for it takes long; the first one first, for the others import each other
-            from torch._inductor import compile_fx, ir, scheduler  # noqa: F401
-            from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
-            from torch._inductor.cpu_vec_isa import pick_vec_isa
-            from torch._inductor.lowering import register_lowering
-            from torch._inductor.utils import Placeholder, parallel_num_threads
-    except ImportError as error:  # no part of torch's interface
-        log.info("products of matrices are left to torch: %s", error)
+    """Whether TorchInductor writes our code for the product; tells it how when first asked."""
+    if not kernels.can_be_written():
         return False
-    if not hasattr(scheduler, "_is_epilogue_fusion_enabled"):  # in older versions it was put in unasked
-        log.info("products of matrices are left to torch: its compiler cannot be kept from fusing them with what comes after")
-        return False
-    if not pick_vec_isa():
-        log.info("products of matrices are left to torch: the compiler writes no vector instructions for this processor")
-        return False
-    header = importlib.resources.files(__package__).joinpath("products.h").read_text(encoding="utf-8")
-
-    class Code:
-        """The C++ of one product, of however many pairs of matrices."""
-
-        def __init__(self, inputs: list[Any]) -> None:
-            self.inputs = inputs
-
-        def render(self, kernel: Any, result: Any) -> str:
-            shapes, strides = ([[int(n) for n in getattr(v, of)()] for v in self.inputs] for of in ("get_size", "get_stride"))
-            (*pairs, rows, inner), columns = shapes[0], shapes[1][-1]
-            definition = kernel.def_kernel(inputs=dict(zip("AB", self.inputs, strict=True)), outputs={"C": result})
-            a, b, c = (f"&{kernel.index(v, [0] * len(shapes[0]))}" for v in (*self.inputs, result))
-            (*a_step, a_row, a_column), (*b_step, b_row, b_column) = strides
-            matrices = f"{{{a}, {a_row}, {a_column}}}, {sum(a_step)}, {{{b}, {b_row}, {b_column}}}, {sum(b_step)}"
-            threads = parallel_num_threads() if math.prod(shapes[0]) * columns >= PARALLEL else 1
-            side_by_side = a_column == b_row == 1 and rows <= FEW and inner >= LONG
-            name = "products_of_long_sums" if side_by_side else "products"
-            call = f"bayesmeta::{name}<{rows}, {columns}>({math.prod(pairs)}, {matrices}, {c}, {inner}, {threads});"
-            return f'#include <torch/csrc/inductor/cpp_prefix.h>\n{header}\nextern "C" {definition} {{\n    {call}\n}}\n'
-
-    def lower(a: Any, b: Any) -> Any:
-        inputs = [ir.ExternKernel.realize_input(v) for v in (a, b)]
-        for v in inputs:
-            ir.as_storage_and_layout(v, freeze=True)
-        code: Any = Code(ir.InputsKernel.unwrap_storage(inputs))
-
-        def kernel_and_code(result: Any, *_: Any, epilogue_nodes: Any = (), **__: Any) -> tuple[Any, Callable[[], str]]:
-            if epilogue_nodes:
-                raise RuntimeError("TorchInductor fused a product with what comes after it, which would be lost")
-            kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=parallel_num_threads())
-            return kernel, functools.partial(kernel.render, code, result=result)
-
-        size = [*inputs[0].get_size()[:-1], inputs[1].get_size()[-1]]
-        layout = ir.FixedLayout(device=a.get_device(), dtype=a.get_dtype(), size=size)
-        buffer = ir.CppTemplateBuffer(layout, inputs, kernel_and_code, code, None)
-        buffer.allow_epilogue_fusion = False
-        return ir.TensorBox.create(buffer)
-
-    register_lowering(PRODUCT, type_promotion_kind=None)(lower)
+    kernels.write(PRODUCT, _written)
     return True
+
+
+def _written(a: Any, b: Any) -> kernels.Call:
+    """The C++ of one product, of however many pairs of matrices."""
+    from torch._inductor import ir
+
+    inputs = [ir.ExternKernel.realize_input(v) for v in (a, b)]
+    for v in inputs:
+        ir.as_storage_and_layout(v, freeze=True)
+
+    def call(addresses: Sequence[str], result: str, threads: int) -> str:
+        shapes, strides = ([[int(n) for n in getattr(v, of)()] for v in inputs] for of in ("get_size", "get_stride"))
+        (*pairs, rows, inner), columns = shapes[0], shapes[1][-1]
+        (*a_step, a_row, a_column), (*b_step, b_row, b_column) = strides
+        a, b = addresses
+        matrices = f"{{{a}, {a_row}, {a_column}}}, {sum(a_step)}, {{{b}, {b_row}, {b_column}}}, {sum(b_step)}"
+        side_by_side = a_column == b_row == 1 and rows <= FEW and inner >= LONG
+        name = "products_of_long_sums" if side_by_side else "products"
+        threads = threads if math.prod(shapes[0]) * columns >= PARALLEL else 1
+        return f"bayesmeta::{name}<{rows}, {columns}>({math.prod(pairs)}, {matrices}, {result}, {inner}, {threads});"
+
+    return kernels.Call(["products.h"], inputs, [*inputs[0].get_size()[:-1], inputs[1].get_size()[-1]], None, call)

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from . import small_matrices
+from .convolutions import convolve_here
 from .divisions import add_up_for_means, divide_less
 from .layouts import lay_out_weights
 from .long_sums import shorten_sums
@@ -97,6 +98,8 @@ def _with_faster_products(module: GraphModule) -> GraphModule:
     note_values(whole, module)  # what is transposed now stands in memory in another way
     for node in list(graph.nodes):
         multiply_here(node)
+    convolve_here(graph)
+    graph.eliminate_dead_code()
     shorten_sums(graph)
     graph.eliminate_dead_code()
     divide_less(graph)

@@ -10,7 +10,7 @@ import torch
 
 from bayesmeta.backends import inductor
 from bayesmeta.graphs import trace
-from bayesmeta.rewriting import products, rewritten
+from bayesmeta.rewriting import kernels, products, rewritten
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 PRODUCT = products.PRODUCT
@@ -173,5 +173,5 @@ def test_the_compilers_disk_cache_keeps_another_version_apart(monkeypatch, tmp_p
         return counters["inductor"]["fxgraph_cache_miss"] > before
 
     assert is_written_anew() and not is_written_anew()
-    monkeypatch.setattr(products, "version", lambda: "another")
+    monkeypatch.setattr(kernels, "version", lambda: "another")
     assert is_written_anew()
