@@ -1,4 +1,4 @@
-"""What is left of a compiled step's time: products of matrices, the other kernels, the optimiser, and Python round the graph."""
+"""What is left of a compiled step's time: products of matrices and convolutions, other kernels, the optimiser, Python round the graph."""
 
 import math
 import statistics
@@ -15,7 +15,10 @@ from bayesmeta.sweep import Sweep
 from . import ours
 from .workloads import Workload
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "product", "_linear_pointwise", "convolution", "convolution_backward", "mkldnn_convolution")
+PRODUCTS = (
+    "mm", "bmm", "addmm", "baddbmm", "product", "_linear_pointwise", "convolution", "convolution_backward", "mkldnn_convolution",
+    "convolution_images", "convolution_weights",
+)  # fmt: skip
 ROUNDS, SECONDS = 200, 10.0  # at most
 A_TENSOR = object()  # stands for one among arguments
 
