@@ -1,8 +1,8 @@
 """Two-dimensional convolutions of float32 and their gradients on a CPU by code of our own (`convolutions.h`).
 
 torch hands them to oneDNN, whose arithmetic is as fast, but which goes over part of what lies outside of an image too, and takes long to
-begin. Measured on an AMD EPYC (`benchmarks/kernels.py`), 64 channels of 7 × 7 and weights of 3 × 3 at stride 2: 75 images in 568 µs instead of
-611, their gradient 624 instead of 1,016, the weights' 629 instead of 956; five images in 49, 52 and 53 instead of 98, 134 and 195.
+begin. Measured on an AMD EPYC (`benchmarks/kernels.py`), 64 channels of 7 × 7 and weights of 3 × 3 at stride 2: 75 images in 568 µs instead
+of 611, their gradient 624 instead of 1,016, the weights' 629 instead of 956; five images in 49, 52 and 53 instead of 98, 134 and 195.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ IMAGES, CHANNELS = 5, 16  # that there must be at least: a tile has a row for ea
 LARGE = 2**20  # numbers of images, or of weights, from which on torch's are as fast
 PARALLEL = 500_000  # multiplications from which threads share them
 PLAIN = [1, 1], False, [0, 0], 1  # dilation, not transposed, no output padding, one group
+BOUND = (  # to where numbers stand in memory
+    aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default, aten.view.dtype, aten.view_as_complex.default,
+)  # fmt: skip
 
 
 def _convolution(x: Tensor, w: Tensor, stride: list[int], padding: list[int]) -> Tensor:
@@ -60,10 +63,11 @@ CONVOLUTIONS: dict[Any, int] = {aten.convolution.default: 1, aten.convolution_ba
 def convolve_here(graph: Graph) -> None:
     """Puts our convolutions in the place of torch's. Changes ``graph``, in which nothing may be written over in place.
 
-    Their results have their channels last in memory; what is noted of them is what torch's would be like, for a graph's results stand so.
+    Their results have their channels last in memory; what is noted of them is what torch's would be like, for a graph's results stand so. A
+    graph is left as it is in which an operation is bound to where numbers stand.
     """
-    if graph.find_nodes(op="call_function", target=aten.as_strided.default):
-        return  # where numbers stand is a part of what it computes
+    if any(graph.find_nodes(op="call_function", target=target) for target in BOUND):
+        return
     for node in list(graph.nodes):
         if node.target == aten.convolution.default and not node.kwargs:
             _replace_convolution(node)
@@ -75,10 +79,11 @@ def convolve_here(graph: Graph) -> None:
 
 
 def _replace_convolution(node: Node) -> None:
-    graph, (x, w, bias, stride, padding, dilation, transposed, _, groups) = node.graph, node.args
+    graph, (x, w, bias, *settings, transposed, _, groups) = node.graph, node.args
     if groups != 1 or len(shape(node)) != 4:
         return
-    if not transposed and (gradient := _as_gradient(node)):
+    stride, padding, dilation = map(_pair, settings)
+    if not transposed and (gradient := _as_gradient(node, stride, padding, dilation)):
         last, args = gradient
         if _fits(args[0], last, args[1]):
             with graph.inserting_before(last):
@@ -103,13 +108,18 @@ def _replace(node: Node, made: Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _as_gradient(node: Node) -> tuple[Node, list[Any]] | None:
+def _pair(value: Any) -> list[int]:
+    """For rows and columns, of one number for both or of two."""
+    return [*value] * (2 // len(value))
+
+
+def _as_gradient(node: Node, stride: list[int], padding: list[int], dilation: list[int]) -> tuple[Node, list[Any]] | None:
     """What is a convolution's gradient in its weights, and the arguments of ours for it.
 
     Where it is differentiated, torch writes it as a convolution of images and slopes turned so that channels stand for images, and takes of
     its result, turned back, as much as there is of weights.
     """
-    x, y, bias, stride, padding, dilation = node.args[:6]
+    x, y, bias = node.args[:3]
     if bias is not None or stride != [1, 1] or not (_is_turned(x) and _is_turned(y)) or len(node.users) != 1:
         return None
     (last,) = node.users
@@ -121,7 +131,13 @@ def _as_gradient(node: Node) -> tuple[Node, list[Any]] | None:
         if user.target != aten.slice.Tensor or len(user.args) != 4 or user.args[1] not in (2, 3) or user.args[2] != 0:
             break
         last, size = user, [*shape(user)[2:]]
-    return last, [x.args[0], y.args[0], size, dilation, padding]  # type: ignore[union-attr]
+    after = _places(shape(x)[2:], size, dilation, padding)
+    return (last, [x.args[0], y.args[0], size, dilation, padding]) if after == [*shape(y)[2:]] else None  # type: ignore[union-attr]
+
+
+def _places(before: Sequence[int], size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """How many there are in a result, down and across, of weights of such a ``size``."""
+    return [(a + 2 * p - k) // s + 1 for a, k, s, p in zip(before, size, stride, padding, strict=True)]
 
 
 def _is_turned(node: Any) -> bool:
@@ -129,8 +145,11 @@ def _is_turned(node: Any) -> bool:
 
 
 def _replace_gradients(node: Any) -> None:
-    graph, (y, x, w, _, stride, padding, *plain, wanted) = node.graph, node.args
-    if tuple(plain) != PLAIN or len(shape(x)) != 4 or not _fits(x, w, y):
+    graph, (y, x, w, _, *settings, transposed, more, groups, wanted) = node.graph, node.args
+    if len(shape(x)) != 4 or not _fits(x, w, y):
+        return
+    stride, padding, dilation = map(_pair, settings)
+    if (dilation, transposed, _pair(more), groups) != PLAIN:
         return
     with graph.inserting_before(node):
         found = [
@@ -166,7 +185,7 @@ def is_lowered() -> bool:
 
 def _written(x: Any, w: Any, stride: list[int], padding: list[int]) -> kernels.Call:
     (n, _, *before), (o, _, *size) = _sizes(x), _sizes(w)
-    after = [(a + 2 * p - k) // s + 1 for a, k, s, p in zip(before, size, stride, padding, strict=True)]
+    after = _places(before, size, stride, padding)
     return _call("convolution", [x, w], [n, o, *after], _sizes(x), _sizes(w), [n, o, *after], stride, padding)
 
 

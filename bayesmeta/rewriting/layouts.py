@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .convolutions import CONVOLUTIONS, OURS
-from .nodes import MANY, RESHAPES, is_real, shape
+from .nodes import MANY, RESHAPES, is_real, is_tensor, shape
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def lay_out_weights(graph: Graph) -> None:
             after.add(node)
     output = graph.output_node()
     for node in after.intersection(output.all_input_nodes):
-        if is_real(node) and len(shape(node)) > 2:  # a graph's results stand as they did
+        if is_tensor(node) and node.op == "call_function" and _is_dense(node.meta["val"]):  # a graph's results stand as they did
             output.replace_input_with(node, _in_order(node, node.meta["val"].stride()))
     if users:
         for node in graph.find_nodes(op="call_function", target=aten.clone.default):
@@ -49,6 +49,16 @@ def lay_out_weights(graph: Graph) -> None:
 
 def _is_large(node: Any) -> bool:
     return is_real(node) and len(shape(node)) == 4 and node.meta["val"].numel() >= MANY
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether its numbers fill a piece of memory, in any order of its axes."""
+    step = 1
+    for stride, size in sorted((stride, n) for stride, n in zip(value.stride(), value.shape, strict=True) if n != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _in_order(node: Node, strides: Any) -> Node:

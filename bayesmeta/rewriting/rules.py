@@ -1,7 +1,7 @@
 """What is done to a graph of operations before TorchInductor compiles it: products of matrices, and factors of small ones, done faster.
 
     (A B)ᵀ  →  Bᵀ Aᵀ     a gradient in weights comes out transposed, and setting it right number by number took longer than the product
-    float32 A B          by code of our own on the CPU (`products`)
+    float32 A B          by code of our own on the CPU (`products`); convolutions likewise (`convolutions`)
     a row, a column      number by number, which is fused with what is round it
     long sums            without what is constant in them, and in two steps (`long_sums`)
     axes put into one    their numbers kept in the order of the result (convolutions as products)
