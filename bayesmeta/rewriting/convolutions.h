@@ -20,62 +20,23 @@ struct Grid {
   int64_t column(int64_t column, int64_t tap) const { return column * stride_columns + tap % kernel_columns - left; }
 };
 
-struct Term {
-  int64_t a, b;  // where its matrices begin
-};
-
 struct Numbers {
   explicit Numbers(int64_t n) : at(static_cast<float*>(std::aligned_alloc(64, ceil_of(n, 16) * 64)), &std::free) {}
   std::unique_ptr<float, decltype(&std::free)> at;
 };
 
-// A tile of C = Σ A B, over `terms`
-template <int64_t ROWS, int64_t VECS, int64_t LAST>
-__attribute__((noinline)) void tile_of_sum(
-    Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, const Term* terms, int64_t count, int64_t inner, bool further) {
-  Vec sum[ROWS][VECS];
-#pragma GCC unroll 32
-  for (int64_t r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < VECS; ++v)
-      sum[r][v] = further ? Vec::loadu(c + r * c_row + v * LANES, v + 1 < VECS ? LANES : LAST) : Vec(0);
-  for (const Term* term = terms; term < terms + count; ++term) {
-    const float *left = a.at + term->a, *right = b + term->b;
-    for (int64_t k = 0; k < inner; ++k) {
-      Vec row[VECS];
-#pragma GCC unroll 8
-      for (int64_t v = 0; v < VECS; ++v) row[v] = Vec::loadu(right + k * b_row + v * LANES, v + 1 < VECS ? LANES : LAST);
-#pragma GCC unroll 32
-      for (int64_t r = 0; r < ROWS; ++r) {
-        const Vec number(left[r * a.row + k * a.column]);
-#pragma GCC unroll 8
-        for (int64_t v = 0; v < VECS; ++v) sum[r][v] = at::vec::fmadd(number, row[v], sum[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 32
-  for (int64_t r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < VECS; ++v) sum[r][v].store(c + r * c_row + v * LANES, v + 1 < VECS ? LANES : LAST);
-}
-
-// C = Σ A B, M × N, or added to what stands there
+// C = Σ A B over `terms`, M × N, or added to what stands there
 template <int64_t M, int64_t N>
 void sum_of_products(
     Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, const Term* terms, int64_t count, int64_t inner, bool further = false) {
   using P = Plan<M, N>;
-  const auto rows = [&]<int64_t ROWS>(int64_t r, int64_t s) {
-    const Matrix from{a.at + r * a.row, a.row, a.column};
-    const int64_t column = s * P::WIDTH;
-    if (s + 1 < P::STRIPES)
-      tile_of_sum<ROWS, P::VECS, LANES>(from, b + column, b_row, c + r * c_row + column, c_row, terms, count, inner, further);
-    else
-      tile_of_sum<ROWS, P::VECS_LAST, P::LAST>(from, b + column, b_row, c + r * c_row + column, c_row, terms, count, inner, further);
-  };
   for (int64_t s = 0; s < P::STRIPES; ++s) {
-    int64_t r = 0;
-    for (; r + P::ROWS <= M; r += P::ROWS) rows.template operator()<P::ROWS>(r, s);
-    if constexpr (P::REST > 0) rows.template operator()<P::REST>(r, s);
+    const float* columns = b + s * P::WIDTH;
+    float* to = c + s * P::WIDTH;
+    if (s + 1 < P::STRIPES)
+      stripe<P::ROWS, P::REST, P::VECS, LANES>(0, M, a, columns, b_row, to, c_row, inner, further, terms, count);
+    else
+      stripe<P::ROWS, P::REST, P::VECS_LAST, P::LAST>(0, M, a, columns, b_row, to, c_row, inner, further, terms, count);
   }
 }
 
@@ -101,13 +62,13 @@ void convolution(const Grid& g, const float* x, const float* w, float* y, int64_
   const Numbers weights(g.taps() * C * WIDE);
   for (int64_t tap = 0; tap < g.taps(); ++tap) put_in_order({w + tap * C, 1, g.taps() * C}, C, O, weights.at.get() + tap * C * WIDE, WIDE);
   shared_out(g.rows * g.columns, threads, [&](int64_t place) {
-    Term terms[g.taps()];
+    std::vector<Term> terms(g.taps());
     int64_t count = 0;
     for (int64_t tap = 0; tap < g.taps(); ++tap) {
       const int64_t row = g.row(place / g.columns, tap), column = g.column(place % g.columns, tap);
       if (row >= 0 && row < g.height && column >= 0 && column < g.width) terms[count++] = {(row * g.width + column) * C, tap * C * WIDE};
     }
-    sum_of_products<N, O>({images.at, images.step, 1}, weights.at.get(), WIDE, y + place * O, g.rows * g.columns * O, terms, count, C);
+    sum_of_products<N, O>({images.at, images.step, 1}, weights.at.get(), WIDE, y + place * O, g.rows * g.columns * O, terms.data(), count, C);
   });
 }
 
@@ -119,7 +80,7 @@ void convolution_images(const Grid& g, const float* y, const float* w, float* x,
   for (int64_t tap = 0; tap < g.taps(); ++tap)
     for (int64_t o = 0; o < O; ++o) std::copy_n(w + (o * g.taps() + tap) * C, C, weights.at.get() + (tap * O + o) * C);
   shared_out(g.height * g.width, threads, [&](int64_t place) {
-    Term terms[g.taps()];
+    std::vector<Term> terms(g.taps());
     int64_t count = 0;
     for (int64_t tap = 0; tap < g.taps(); ++tap) {
       const int64_t down = place / g.width - g.row(0, tap), right = place % g.width - g.column(0, tap);
@@ -127,7 +88,7 @@ void convolution_images(const Grid& g, const float* y, const float* w, float* x,
       if (down >= 0 && right >= 0 && down % g.stride_rows == 0 && right % g.stride_columns == 0 && row < g.rows && column < g.columns)
         terms[count++] = {(row * g.columns + column) * O, tap * O * C};
     }
-    sum_of_products<N, C>({slopes.at, slopes.step, 1}, weights.at.get(), C, x + place * C, g.height * g.width * C, terms, count, O);
+    sum_of_products<N, C>({slopes.at, slopes.step, 1}, weights.at.get(), C, x + place * C, g.height * g.width * C, terms.data(), count, O);
   });
 }
 

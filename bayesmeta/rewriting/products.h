@@ -36,25 +36,35 @@ struct Matrix {
   int64_t row, column;  // from a number to the next one below, to the right
 };
 
+// One of a sum of products: where its matrices begin, from where those of the sum do.
+struct Term {
+  int64_t a, b;
+};
+constexpr Term ONLY{0, 0};
+
 // LAST: numbers in the last of the vectors. `further`: added to what stands in C.
 template <int64_t ROWS, int64_t VECS, int64_t LAST>
 __attribute__((noinline)) void tile(
-    const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further) {
+    const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further,
+    const Term* terms = &ONLY, int64_t count = 1) {
   Vec sum[ROWS][VECS];
 #pragma GCC unroll 32
   for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
     for (int64_t v = 0; v < VECS; ++v)
       sum[r][v] = further ? Vec::loadu(c + r * c_row + v * LANES, v + 1 < VECS ? LANES : LAST) : Vec(0);
-  for (int64_t k = 0; k < inner; ++k) {
-    Vec row[VECS];
+  for (const Term* term = terms; term < terms + count; ++term) {
+    const float *left = a + term->a, *right = b + term->b;
+    for (int64_t k = 0; k < inner; ++k) {
+      Vec row[VECS];
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < VECS; ++v) row[v] = Vec::loadu(b + k * b_row + v * LANES, v + 1 < VECS ? LANES : LAST);
+      for (int64_t v = 0; v < VECS; ++v) row[v] = Vec::loadu(right + k * b_row + v * LANES, v + 1 < VECS ? LANES : LAST);
 #pragma GCC unroll 32
-    for (int64_t r = 0; r < ROWS; ++r) {
-      const Vec number(a[r * a_row + k * a_column]);
+      for (int64_t r = 0; r < ROWS; ++r) {
+        const Vec number(left[r * a_row + k * a_column]);
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < VECS; ++v) sum[r][v] = at::vec::fmadd(number, row[v], sum[r][v]);
+        for (int64_t v = 0; v < VECS; ++v) sum[r][v] = at::vec::fmadd(number, row[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 32
@@ -65,12 +75,14 @@ __attribute__((noinline)) void tile(
 
 // The rows of C from `first` to `last`, of the columns of one tile. REST: rows of the last tile of all, 0 where it is like the others.
 template <int64_t ROWS, int64_t REST, int64_t VECS, int64_t LAST>
-void stripe(int64_t first, int64_t last, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further) {
+void stripe(
+    int64_t first, int64_t last, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further,
+    const Term* terms = &ONLY, int64_t count = 1) {
   int64_t r = first;
   for (; r + ROWS <= last; r += ROWS)
-    tile<ROWS, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further);
+    tile<ROWS, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further, terms, count);
   if constexpr (REST > 0)
-    if (r < last) tile<REST, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further);
+    if (r < last) tile<REST, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further, terms, count);
 }
 
 // A block of LANES × LANES numbers, transposed: its rows shuffled like cards, one half into the other, until each has become a column.
