@@ -49,7 +49,8 @@ def meta_train(
     Optimisation: ``optimizer`` and ``schedule`` are factories, ``lambda params: torch.optim.Adam(params, 1e-3)`` being the default;
     ``clip`` bounds the norm of the gradient; ``bad_tasks="skip"`` leaves tasks with a loss or gradient that is not finite out of a
     step, and counts them. ``task_chunk``: how many tasks are held in memory at once, loss and gradient accumulated chunk by chunk: the
-    same step up to rounding (noise is drawn chunk by chunk too, so a learner that draws takes other numbers).
+    same step up to rounding (noise is drawn chunk by chunk too, so a learner that draws takes other numbers). With networks of
+    convolutions, which go task by task on CPUs, ``task_chunk=1`` makes the compiled graph that of one task: so it is compiled sooner.
 
     Validation: every ``validate_every`` steps the predictive NLL on a fixed set of tasks of ``validation``; after ``patience`` of
     them without a new best training stops. The best parameters are kept.
