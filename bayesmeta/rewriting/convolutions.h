@@ -30,20 +30,14 @@ template <int64_t M, int64_t N>
 void sum_of_products(
     Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, const Term* terms, int64_t count, int64_t inner, bool further = false) {
   using P = Plan<M, N>;
-  for (int64_t s = 0; s < P::STRIPES; ++s) {
-    const float* columns = b + s * P::WIDTH;
-    float* to = c + s * P::WIDTH;
-    if (s + 1 < P::STRIPES)
-      stripe<P::ROWS, P::REST, P::VECS, LANES>(0, M, a, columns, b_row, to, c_row, inner, further, terms, count);
-    else
-      stripe<P::ROWS, P::REST, P::VECS_LAST, P::LAST>(0, M, a, columns, b_row, to, c_row, inner, further, terms, count);
-  }
+  for (int64_t s = 0; s < P::STRIPES; ++s)
+    stripe_of<M, N>(s, 0, M, a, b + s * P::WIDTH, b_row, c + s * P::WIDTH, c_row, inner, further, terms, count);
 }
 
 // Images of `size` numbers; where rows of a tile would push each other out of the first cache, a copy, further apart.
 struct Images {
   Images(const float* from, int64_t count, int64_t size) : at(from), step(size), copy(0) {
-    if (size % SAME_PLACE == 0 && count > 4) {
+    if (size % SAME_PLACE == 0) {
       step += 4 * LANES;
       copy = Numbers(count * step);
       for (int64_t n = 0; n < count; ++n) std::copy_n(from + n * size, size, copy.at.get() + n * step);

@@ -22,7 +22,6 @@ from .nodes import TRANSPOSES, call, is_tensor, order, shape
 aten = torch.ops.aten
 IMAGES, CHANNELS = 5, 16  # that there must be at least: a tile has a row for each image, and its sums are over channels
 LARGE = 2**20  # numbers of images, or of weights, from which on torch's are as fast
-PARALLEL = 500_000  # multiplications from which threads share them
 PLAIN = [1, 1], False, [0, 0], 1  # dilation, not transposed, no output padding, one group
 BOUND = (  # to where numbers stand in memory
     aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default, aten.view.dtype, aten.view_as_complex.default,
@@ -204,14 +203,13 @@ def _call(
 ) -> kernels.Call:
     from torch._inductor import ir
 
-    work = math.prod(y) * math.prod(w[1:])
     grid = ", ".join(map(str, (*x[2:], *y[2:], *w[2:], *stride, *padding)))
 
     def call(addresses: Sequence[str], to: str, threads: int) -> str:
-        return f"bayesmeta::{name}<{x[0]}, {x[1]}, {y[1]}>({{{grid}}}, {', '.join(addresses)}, {to}, {threads if work >= PARALLEL else 1});"
+        return f"bayesmeta::{name}<{x[0]}, {x[1]}, {y[1]}>({{{grid}}}, {', '.join(addresses)}, {to}, {threads});"
 
     inputs = [ir.ExternKernel.require_exact_strides(v, _channels_last(_sizes(v))) for v in inputs]
-    return kernels.Call(["products.h", "convolutions.h"], inputs, result, _channels_last(result), call)
+    return kernels.Call(["products.h", "convolutions.h"], inputs, result, _channels_last(result), math.prod(y) * math.prod(w[1:]), call)
 
 
 def _sizes(value: Any) -> list[int]:

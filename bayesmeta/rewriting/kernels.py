@@ -12,20 +12,22 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 LEFT = "products of matrices and convolutions are left to torch: %s"
+PARALLEL = 500_000  # multiplications from which threads share them
 SOURCES = ("products.h", "convolutions.h", "kernels.py", "products.py", "convolutions.py", "divisions.py")
 
 
 class Call(NamedTuple):
     """What is compiled for an operation: a call of a function of ``headers``.
 
-    ``inputs``: in memory; ``size`` and ``strides``: of the result, None where one number stands after the other. ``call``: is given the
-    addresses of inputs and result and how many threads there are.
+    ``inputs``: in memory; ``size`` and ``strides``: of the result, None where one number stands after the other. ``multiplications``: how
+    many there are. ``call``: is given the addresses of inputs and result and how many threads share them.
     """
 
     headers: Sequence[str]
     inputs: Sequence[Any]
     size: Sequence[Any]
     strides: Sequence[int] | None
+    multiplications: int
     call: Callable[[Sequence[str], str, int], str]
 
 
@@ -73,20 +75,21 @@ def write(operation: Any, of: Callable[..., Call]) -> None:
     class Code:
         """The C++ of one call."""
 
-        def __init__(self, inputs: list[Any], headers: str, call: Callable[[Sequence[str], str, int], str]) -> None:
-            self.inputs, self.headers, self.call = inputs, headers, call
+        def __init__(self, inputs: list[Any], headers: str, threads: int, call: Callable[[Sequence[str], str, int], str]) -> None:
+            self.inputs, self.headers, self.threads, self.call = inputs, headers, threads, call
 
         def render(self, kernel: Any, result: Any) -> str:
             names = [f"input{i}" for i in range(len(self.inputs))]
             definition = kernel.def_kernel(inputs=dict(zip(names, self.inputs, strict=True)), outputs={"result": result})
             *given, made = (f"&{kernel.index(v, [0] * len(v.get_size()))}" for v in (*self.inputs, result))
-            call = self.call(given, made, parallel_num_threads())
+            call = self.call(given, made, self.threads)
             return f'#include <torch/csrc/inductor/cpp_prefix.h>\n{self.headers}\nextern "C" {definition} {{\n    {call}\n}}\n'
 
     def lower(*args: Any) -> Any:
-        headers, inputs, size, strides, call = of(*args)
+        headers, inputs, size, strides, multiplications, call = of(*args)
         text = "\n".join(importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in headers)
-        code: Any = Code(ir.InputsKernel.unwrap_storage(inputs), text, call)
+        threads = parallel_num_threads() if multiplications >= PARALLEL else 1
+        code: Any = Code(ir.InputsKernel.unwrap_storage(inputs), text, threads, call)
 
         def kernel_and_code(result: Any, *_: Any, epilogue_nodes: Any = (), **__: Any) -> tuple[Any, Callable[[], str]]:
             if epilogue_nodes:

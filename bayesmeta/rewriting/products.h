@@ -46,7 +46,7 @@ constexpr Term ONLY{0, 0};
 template <int64_t ROWS, int64_t VECS, int64_t LAST>
 __attribute__((noinline)) void tile(
     const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further,
-    const Term* terms = &ONLY, int64_t count = 1) {
+    const Term* terms, int64_t count) {
   Vec sum[ROWS][VECS];
 #pragma GCC unroll 32
   for (int64_t r = 0; r < ROWS; ++r)
@@ -77,7 +77,7 @@ __attribute__((noinline)) void tile(
 template <int64_t ROWS, int64_t REST, int64_t VECS, int64_t LAST>
 void stripe(
     int64_t first, int64_t last, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further,
-    const Term* terms = &ONLY, int64_t count = 1) {
+    const Term* terms, int64_t count) {
   int64_t r = first;
   for (; r + ROWS <= last; r += ROWS)
     tile<ROWS, VECS, LAST>(a.at + r * a.row, a.row, a.column, b, b_row, c + r * c_row, c_row, inner, further, terms, count);
@@ -132,6 +132,18 @@ struct Plan {
   static constexpr int64_t ROWS = share(M, VECS == 1 ? REGISTERS / 2 - 2 : (REGISTERS - 4) / VECS), REST = M % ROWS;
 };
 
+// Of stripe `s` of C the rows from `first`, with which a tile begins, to `last`, with which one ends. `b`, `c`: where the stripe begins.
+template <int64_t M, int64_t N>
+void stripe_of(
+    int64_t s, int64_t first, int64_t last, Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t inner, bool further,
+    const Term* terms = &ONLY, int64_t count = 1) {
+  using P = Plan<M, N>;
+  if (s + 1 < P::STRIPES)
+    stripe<P::ROWS, P::REST, P::VECS, LANES>(first, last, a, b, b_row, c, c_row, inner, further, terms, count);
+  else
+    stripe<P::ROWS, P::REST, P::VECS_LAST, P::LAST>(first, last, a, b, b_row, c, c_row, inner, further, terms, count);
+}
+
 // The rows of C from `first`, with which a tile begins, to `last`, with which one ends.
 template <int64_t M, int64_t N>
 void product(int64_t first, int64_t last, Matrix a, Matrix b, float* c, int64_t inner) {
@@ -146,10 +158,7 @@ void product(int64_t first, int64_t last, Matrix a, Matrix b, float* c, int64_t 
         put_in_order(rows, block, std::min(P::WIDTH, N - s * P::WIDTH), ordered, P::WIDTH);
         rows = {ordered, P::WIDTH, 1};
       }
-      if (s + 1 < P::STRIPES)
-        stripe<P::ROWS, P::REST, P::VECS, LANES>(first, last, columns, rows.at, rows.row, c + s * P::WIDTH, N, block, k > 0);
-      else
-        stripe<P::ROWS, P::REST, P::VECS_LAST, P::LAST>(first, last, columns, rows.at, rows.row, c + s * P::WIDTH, N, block, k > 0);
+      stripe_of<M, N>(s, first, last, columns, rows.at, rows.row, c + s * P::WIDTH, N, block, k > 0);
     }
   }
 }

@@ -20,7 +20,6 @@ from . import kernels
 aten = torch.ops.aten
 LEAST = 4  # rows and columns of a product that there must be at least
 FEW, LONG = 12, 128  # rows up to which, and numbers in a sum from which, sums are taken along vectors
-PARALLEL = 500_000  # multiplications from which threads share them
 
 _library = torch.library.Library("bayesmeta", "FRAGMENT")
 _library.define("product(Tensor a, Tensor b) -> Tensor")
@@ -70,16 +69,14 @@ def _written(a: Any, b: Any) -> kernels.Call:
     inputs = [ir.ExternKernel.realize_input(v) for v in (a, b)]
     for v in inputs:
         ir.as_storage_and_layout(v, freeze=True)
+    (*pairs, rows, inner), columns = map(int, inputs[0].get_size()), int(inputs[1].get_size()[-1])
 
     def call(addresses: Sequence[str], result: str, threads: int) -> str:
-        shapes, strides = ([[int(n) for n in getattr(v, of)()] for v in inputs] for of in ("get_size", "get_stride"))
-        (*pairs, rows, inner), columns = shapes[0], shapes[1][-1]
-        (*a_step, a_row, a_column), (*b_step, b_row, b_column) = strides
+        (*a_step, a_row, a_column), (*b_step, b_row, b_column) = ([int(n) for n in v.get_stride()] for v in inputs)
         a, b = addresses
         matrices = f"{{{a}, {a_row}, {a_column}}}, {sum(a_step)}, {{{b}, {b_row}, {b_column}}}, {sum(b_step)}"
         side_by_side = a_column == b_row == 1 and rows <= FEW and inner >= LONG
         name = "products_of_long_sums" if side_by_side else "products"
-        threads = threads if math.prod(shapes[0]) * columns >= PARALLEL else 1
         return f"bayesmeta::{name}<{rows}, {columns}>({math.prod(pairs)}, {matrices}, {result}, {inner}, {threads});"
 
-    return kernels.Call(["products.h"], inputs, [*inputs[0].get_size()[:-1], inputs[1].get_size()[-1]], None, call)
+    return kernels.Call(["products.h"], inputs, [*pairs, rows, columns], None, math.prod(pairs) * rows * inner * columns, call)

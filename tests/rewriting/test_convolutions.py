@@ -1,7 +1,6 @@
 """Convolutions by code of our own: which ones, that they and their derivatives are right, and what they are compiled to."""
 
 import functools
-import platform
 
 import pytest
 import torch
@@ -9,19 +8,14 @@ from torch.nn.functional import conv2d, conv_transpose2d
 
 from bayesmeta.backends import inductor
 from bayesmeta.graphs import trace
-from bayesmeta.rewriting import convolutions, rewritten
+from bayesmeta.rewriting import convolutions, kernels, rewritten
 from bayesmeta.rewriting.layouts import _is_dense
 
-pytestmark = pytest.mark.usefixtures("compiled_anew")
+from .conftest import compiled_result
+
+pytestmark = pytest.mark.usefixtures("compiled_anew", "vectors")
 aten = torch.ops.aten
 TORCHS = (aten.convolution.default, aten.convolution_backward.default)
-
-
-@pytest.fixture(autouse=True)
-def vectors():
-    if not convolutions.is_lowered():
-        assert platform.machine() not in ("x86_64", "AMD64", "arm64", "aarch64"), "the compiler's parts are not where they were"
-        pytest.skip("the compiler writes no vector instructions for this processor")
 
 
 def count(module, *targets):
@@ -144,10 +138,8 @@ def all_of_them(x, w, bias, v, *, stride, padding, other):
 @pytest.mark.parametrize("size", SIZES)
 def test_they_and_their_derivatives_are_right(size, lanes, monkeypatch):
     """Against float64; wide vectors and narrow, one thread and two; images that are put apart, and many, which are taken block by block."""
-    from torch._inductor import config
-
     torch.manual_seed(0)
-    monkeypatch.setattr(convolutions, "PARALLEL", 1000)
+    monkeypatch.setattr(kernels, "PARALLEL", 1000)
     n, channels, height, width, filters, *kernel, stride, padding, other = size
     w, v = weights(filters, channels, *kernel), weights(filters, channels, *kernel)
     given = [images(n, channels, height, width), w, torch.randn(filters), v]
@@ -159,15 +151,9 @@ def test_they_and_their_derivatives_are_right(size, lanes, monkeypatch):
     made = rewritten(graph)
     assert count(made, convolutions.CONVOLUTION) == 3 and count(made, convolutions.OF_IMAGES) == 4  # no more than are needed
     assert count(made, convolutions.OF_WEIGHTS) == 3 and not count(made, *TORCHS)
-    before = torch.get_num_threads()
     wanted = function(*(t.double() for t in given))
     for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
-            with torch.no_grad(), config.patch({"cpp.simdlen": lanes}):
-                found = inductor(graph, given)(*given)
-        finally:
-            torch.set_num_threads(before)
+        found = compiled_result(graph, given, threads=threads, lanes=lanes)
         for one, right in zip(found, wanted, strict=True):
             torch.testing.assert_close(one.double(), right, rtol=0, atol=3e-6 * right.abs().max().item())
 

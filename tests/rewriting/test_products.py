@@ -1,7 +1,6 @@
 """Products of matrices by code of our own: which ones, that they are right however the matrices stand, and what they are compiled to."""
 
 import os
-import platform
 import subprocess
 import sys
 
@@ -12,15 +11,10 @@ from bayesmeta.backends import inductor
 from bayesmeta.graphs import trace
 from bayesmeta.rewriting import kernels, products, rewritten
 
-pytestmark = pytest.mark.usefixtures("compiled_anew")
+from .conftest import compiled_result
+
+pytestmark = pytest.mark.usefixtures("compiled_anew", "vectors")
 PRODUCT = products.PRODUCT
-
-
-@pytest.fixture(autouse=True)
-def vectors():
-    if not products.is_lowered():
-        assert platform.machine() not in ("x86_64", "AMD64", "arm64", "aarch64"), "the compiler's parts are not where they were"
-        pytest.skip("the compiler writes no vector instructions for this processor")
 
 
 def count(module, target=PRODUCT):
@@ -67,10 +61,8 @@ SIZES = [  # pairs, rows, numbers in a sum, columns
 @pytest.mark.parametrize("lanes", [512, 256])
 def test_they_are_right_however_the_matrices_stand(lanes, threads, monkeypatch):
     """Rows in one piece, columns in one piece, every other number, parts of larger ones; against float64; with wide vectors and narrow."""
-    from torch._inductor import config
-
     torch.manual_seed(0)
-    monkeypatch.setattr(products, "PARALLEL", 1000)
+    monkeypatch.setattr(kernels, "PARALLEL", 1000)
 
     def several(*given):
         found = []
@@ -82,13 +74,7 @@ def test_they_are_right_however_the_matrices_stand(lanes, threads, monkeypatch):
     given = [torch.randn(*([pairs] * (pairs > 1)), *size) for pairs, m, k, n in SIZES for size in ((m, k), (k, n))]
     graph = trace(several, given)
     assert count(rewritten(graph)) >= 4 * len(SIZES)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad(), config.patch({"cpp.simdlen": lanes}):
-            found = inductor(graph, given)(*given)
-    finally:
-        torch.set_num_threads(before)
+    found = compiled_result(graph, given, threads=threads, lanes=lanes)
     for one, wanted in zip(found, several(*(v.double() for v in given)), strict=True):
         torch.testing.assert_close(one.double(), wanted, rtol=0, atol=3e-6 * wanted.abs().max().item())
 
